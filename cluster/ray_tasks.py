@@ -1,0 +1,128 @@
+"""A bounded window of Ray tasks, and the Ray session that they need.
+
+Ray's own retries stay off: which failure is worth another attempt is decided here, for exceptions of the
+function and for workers that die alike.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from cluster.errors import ConfigError, MaskClipError
+
+_OBJECT_STORE_BYTES = 128 << 20
+_CANCEL_SECONDS = 10.0
+# Ray otherwise sends usage reports, and warns about a change of GPU visibility that CPU tasks do not care
+# about.
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+
+T = TypeVar("T")
+
+
+@contextmanager
+def ray_session(num_cpus: int | None) -> Iterator[None]:
+    """Ray, for the length of a block: the cluster at RAY_ADDRESS if that is set, else a local one that ends
+    with the block.
+
+    `num_cpus` is the size of a local cluster; None takes every core. A session that is already open is used
+    as it is. Raises ConfigError when nothing answers at RAY_ADDRESS.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            ray.init(
+                address="local",
+                _node_ip_address="127.0.0.1",
+                num_cpus=num_cpus,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except (ConnectionError, RayError, ValueError) as exc:
+        where = f"RAY_ADDRESS={address}" if address else "local Ray"
+        reason = " ".join(str(exc).split())
+        raise ConfigError(
+            f"{where}: no session ({reason}); start the cluster, or set or unset RAY_ADDRESS"
+        ) from exc
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run_bounded(
+    fn: Callable[[Any], T],
+    items: Iterable[Any],
+    *,
+    window: int,
+    retries: int,
+    num_cpus: float = 1.0,
+) -> Iterator[tuple[int, T]]:
+    """Run `fn(item)` as Ray tasks and yield (index of the item, result) as they complete.
+
+    At most `window` tasks are in flight, those done but not yet taken included, and `items` is read only as
+    places become free. A task that raises, or whose worker dies, runs again up to `retries` times; then its
+    own exception is raised and the others in flight are cancelled, as they are when the caller stops early. A
+    MaskClipError is never run again. A worker that keeps dying raises a MaskClipError that names the item.
+    Needs a ray_session.
+    """
+    if window < 1:
+        raise ValueError(f"window is {window}; it must be at least 1")
+    task = ray.remote(num_cpus=num_cpus, max_retries=0)(fn)
+    waiting = enumerate(items)
+    in_flight: dict[ray.ObjectRef, tuple[int, Any, int]] = {}
+    try:
+        while True:
+            while len(in_flight) < window and (following := next(waiting, None)) is not None:
+                index, item = following
+                in_flight[task.remote(item)] = (index, item, 1)
+            if not in_flight:
+                return
+            (done,), _ = ray.wait(list(in_flight), num_returns=1)
+            index, item, attempt = in_flight.pop(done)
+            try:
+                result = ray.get(done)
+            except RayError as exc:
+                failure = _failure(exc, index, attempt)
+                if attempt > retries or (
+                    isinstance(failure, MaskClipError) and isinstance(exc, RayTaskError)
+                ):
+                    raise failure from None
+                in_flight[task.remote(item)] = (index, item, attempt + 1)
+            else:
+                yield index, result
+    finally:
+        _cancel(list(in_flight))
+
+
+def _failure(exc: RayError, index: int, attempt: int) -> BaseException:
+    """The exception of the function itself, or a named one when its worker died."""
+    if isinstance(exc, RayTaskError):
+        return exc.cause if isinstance(exc.cause, BaseException) else exc
+    reason = str(exc).strip().partition("\n")[0]
+    return MaskClipError(f"task {index}: its worker process died in attempt {attempt} ({reason})")
+
+
+def _cancel(refs: list[ray.ObjectRef]) -> None:
+    """End these tasks and wait for it, so that nothing writes on after the caller has moved on."""
+    for force in (False, True):
+        for ref in refs:
+            with suppress(RayError):
+                ray.cancel(ref, force=force)
+        if refs:
+            _, refs = ray.wait(refs, num_returns=len(refs), timeout=_CANCEL_SECONDS)

@@ -1,0 +1,1 @@
+"""Raw image-text rows become committed shards, and committed shards become batches."""

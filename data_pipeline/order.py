@@ -1,0 +1,126 @@
+"""Which sample stands at slot g of a run: a pure function of (shard sizes, OrderConfig, global batch, g).
+
+Letters: N samples in the data set, B slots in a global batch, S streams, n slots asked for at once.
+The law and its limits are written down in docs/resume-and-elasticity.md.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipeline.keyed import Permutation, mix, permute
+
+SHARD_KEY = 1
+WINDOW_KEY = 2
+CACHED_EPOCHS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderConfig:
+    """How samples are shuffled; part of the identity of a run, so it cannot change at a resume."""
+
+    seed: int = 0
+    """Seed of the shuffle, of the crops and of everything else that is keyed by a sample."""
+    streams: int = 64
+    """Places of the data set that are read side by side; a batch takes equally many samples from each."""
+    window_shards: int = 4
+    """Samples are shuffled within windows of this many shards; more mix better and keep more shards open."""
+
+    def __post_init__(self) -> None:
+        if self.streams < 1:
+            raise ValueError(f"streams is {self.streams}: set it to 1 or more")
+        if self.window_shards < 1:
+            raise ValueError(f"window_shards is {self.window_shards}: set it to 1 or more")
+
+
+class Located(NamedTuple):
+    """Where slots point to: int64 arrays of the shape of the slots."""
+
+    epoch: np.ndarray
+    shard: np.ndarray
+    index: np.ndarray
+
+
+class _EpochTable(NamedTuple):
+    shard_order: np.ndarray  # shard at each place of the epoch's laid-out order
+    starts: np.ndarray  # first position of each place, and N at the end
+
+
+class SampleOrder:
+    """slot -> (epoch, shard, index in shard), O(1) in the slot and O(shards) in memory.
+
+    Within an epoch the shards are permuted, laid end to end and cut into S runs whose lengths differ by at
+    most one. A run is cut into equal windows of at most `window_shards` mean shards, and samples are permuted
+    inside them. A global batch takes B/S consecutive positions from every run, stream-major, so a rank's
+    contiguous part of a batch touches few streams. Every epoch holds every sample once; no remainder is
+    dropped, whether B divides N or not.
+
+    Raises ValueError: no samples, a negative shard size, B < S or B not a multiple of S.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], cfg: OrderConfig, global_batch: int) -> None:
+        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
+        if self._sizes.ndim != 1 or self._sizes.size == 0 or self._sizes.min() < 0 or self._sizes.sum() == 0:
+            raise ValueError("the data set has no samples: preprocess some first")
+        if global_batch < cfg.streams or global_batch % cfg.streams:
+            raise ValueError(
+                f"global batch {global_batch} is not a multiple of {cfg.streams} streams: "
+                "change data.global_batch or data.order.streams"
+            )
+        self.num_samples = int(self._sizes.sum())
+        self.global_batch = global_batch
+        self._cfg = cfg
+        self._window = max(1, round(cfg.window_shards * self.num_samples / self._sizes.size))
+        self._tables: OrderedDict[int, _EpochTable] = OrderedDict()
+
+    def locate(self, slots: np.ndarray) -> Located:
+        """Locate any slots >= 0: int array [n], any order, any epochs. ValueError for a negative one."""
+        g = np.asarray(slots, dtype=np.int64)
+        if np.any(g < 0):
+            raise ValueError("slots start at 0")
+        n_total, streams = self.num_samples, self._cfg.streams
+        per_stream = self.global_batch // streams
+        batch, j = np.divmod(g, self.global_batch)
+        stream, row = np.divmod(j, per_stream)
+        q = batch * self.global_batch + row * streams + stream
+        epoch, r = np.divmod(q, n_total)
+        laid = self._laid_position(epoch, r)
+        shard, index = np.empty_like(g), np.empty_like(g)
+        for e in np.unique(epoch):
+            here = epoch == e
+            table = self._table(int(e))
+            # side="right" steps over shards without samples, which share their start with the next one.
+            place = np.searchsorted(table.starts, laid[here], side="right") - 1
+            shard[here] = table.shard_order[place]
+            index[here] = laid[here] - table.starts[place]
+        return Located(epoch, shard, index)
+
+    def _laid_position(self, epoch: np.ndarray, r: np.ndarray) -> np.ndarray:
+        """Position in the epoch's laid-out order of the r-th sample that the epoch hands out."""
+        length, longer = divmod(self.num_samples, self._cfg.streams)
+        offset, run = np.divmod(r, self._cfg.streams)
+        run_start = run * length + np.minimum(run, longer)
+        run_length = length + (run < longer)
+        # Windows of equal size: a short last one would leave its samples unshuffled.
+        windows = -(-run_length // self._window)
+        window = (
+            offset * windows + windows - 1
+        ) // run_length  # the last one that starts at or before offset
+        start = window * run_length // windows
+        size = (window + 1) * run_length // windows - start
+        key = mix(self._cfg.seed, WINDOW_KEY, epoch, run, window)
+        return run_start + start + permute(offset - start, size, key)
+
+    def _table(self, epoch: int) -> _EpochTable:
+        table = self._tables.get(epoch)
+        if table is None:
+            key = int(mix(self._cfg.seed, SHARD_KEY, epoch))
+            shard_order = Permutation(self._sizes.size, key)(np.arange(self._sizes.size))
+            starts = np.concatenate([[0], np.cumsum(self._sizes[shard_order])])
+            table = self._tables[epoch] = _EpochTable(shard_order, starts)
+            if len(self._tables) > CACHED_EPOCHS:
+                self._tables.popitem(last=False)
+        return table

@@ -1,0 +1,1 @@
+"""The MaskCLIP method in pure PyTorch: towers, masked branches, losses and the teacher."""

@@ -1,0 +1,98 @@
+"""One attention call over two kernels: xformers on CUDA, PyTorch's SDPA elsewhere.
+
+Shapes: B batch, L tokens (queries and keys), H heads, D width of one head.
+"""
+
+import logging
+from functools import cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Backend = Literal["auto", "xformers", "sdpa"]
+
+_BIAS_ALIGNMENT = 8  # xformers wants every row of a tensor bias to begin on 16 bytes
+
+_logger = logging.getLogger(__name__)
+
+
+@cache
+def resolve_backend(requested: Backend, device_type: str) -> Literal["xformers", "sdpa"]:
+    """The kernel that a request means on a device type ("cpu", "cuda", ...); chosen and logged once.
+
+    Raises:
+        RuntimeError: xformers was asked for and cannot run there.
+    """
+    if requested == "sdpa":
+        return "sdpa"
+    usable = device_type == "cuda" and _xformers_importable()
+    if requested == "xformers" and not usable:
+        raise RuntimeError(f"xformers cannot run on {device_type} here: set model.attention to auto or sdpa")
+    chosen = "xformers" if usable else "sdpa"
+    _logger.info("attention on %s: %s", device_type, chosen)
+    return chosen
+
+
+def _xformers_importable() -> bool:
+    try:
+        from xformers.ops import fmha
+    except ImportError:
+        return False
+    # The one operator that takes a padding mask as a tensor, forward and backward.
+    return fmha.cutlass.FwOp.is_available() and fmha.cutlass.BwOp.is_available()
+
+
+def attention(
+    q_BLHD: Tensor,
+    k_BLHD: Tensor,
+    v_BLHD: Tensor,
+    *,
+    backend: Backend,
+    causal: bool = False,
+    keys_BL: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention with scale D ** -0.5.
+
+    Args:
+        backend: kernel, resolved for the device of `q_BLHD`.
+        causal: token i sees the tokens up to i.
+        keys_BL: bool, True where a key may be seen; not together with `causal`. Every row needs one True.
+
+    Returns:
+        [B, L, H, D], in the dtype of the inputs.
+
+    Raises:
+        RuntimeError: see `resolve_backend`.
+    """
+    assert not (causal and keys_BL is not None), "causal and keys_BL exclude each other"
+    if resolve_backend(backend, q_BLHD.device.type) == "xformers":
+        return _xformers_attention(q_BLHD, k_BLHD, v_BLHD, causal, keys_BL)
+    mask_B11L = None if keys_BL is None else keys_BL[:, None, None, :]
+    q_BHLD, k_BHLD, v_BHLD = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
+    out_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, attn_mask=mask_B11L, is_causal=causal)
+    return out_BHLD.transpose(1, 2)
+
+
+def _xformers_attention(
+    q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, causal: bool, keys_BL: Tensor | None
+) -> Tensor:
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+    bias = LowerTriangularMask() if causal else None
+    if keys_BL is not None:
+        bias = padding_bias(keys_BL, q_BLHD.shape[2], q_BLHD.shape[1], q_BLHD.dtype)
+    return memory_efficient_attention(q_BLHD, k_BLHD, v_BLHD, attn_bias=bias)
+
+
+def padding_bias(keys_BL: Tensor, heads: int, queries: int, dtype: torch.dtype) -> Tensor:
+    """[B, H, queries, L] additive bias, -inf at hidden keys, laid out as xformers wants it.
+
+    Rows are slices of a longer buffer so that each begins aligned; heads and queries share memory (stride 0).
+    """
+    batch, length = keys_BL.shape
+    padded = -(-length // _BIAS_ALIGNMENT) * _BIAS_ALIGNMENT
+    bias_B11L = torch.zeros(batch, 1, 1, padded, dtype=dtype, device=keys_BL.device)[..., :length]
+    bias_B11L.masked_fill_(~keys_BL[:, None, None, :], float("-inf"))
+    return bias_B11L.expand(batch, heads, queries, length)

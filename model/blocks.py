@@ -1,0 +1,79 @@
+"""Pre-norm transformer blocks, as CLIP's, with CLIP's initialisation.
+
+Shapes: B batch, L tokens, D width, H heads.
+
+Initialisation (openai/CLIP, `CLIP.initialize_parameters`): normal, std D**-0.5 for the fused query/key/value,
+(2 D)**-0.5 for the MLP's first layer, D**-0.5 * (2 layers)**-0.5 for the two projections that write to the
+residual stream; biases zero. Applied to every stack, the decoders included (not from the paper).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import Backend, attention
+
+MLP_RATIO = 4
+
+
+def linear(in_features: int, out_features: int, *, std: float, bias: bool = True) -> nn.Linear:
+    """Linear layer with normal weights of the given std and zero bias."""
+    layer = nn.Linear(in_features, out_features, bias=bias)
+    nn.init.normal_(layer.weight, std=std)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def normal_parameter(*shape: int, std: float) -> nn.Parameter:
+    """Parameter of the given shape with normal values of the given std."""
+    return nn.Parameter(torch.empty(shape).normal_(std=std))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, *, depth: int, backend: Backend) -> None:
+        """`depth` is the number of blocks in the stack (it scales the residual projections)."""
+        super().__init__()
+        self.heads = heads
+        self.backend: Backend = backend
+        residual_std = width**-0.5 * (2 * depth) ** -0.5
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention_qkv = linear(width, 3 * width, std=width**-0.5)
+        self.attention_out = linear(width, width, std=residual_std)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp_in = linear(width, MLP_RATIO * width, std=(2 * width) ** -0.5)
+        self.mlp_out = linear(MLP_RATIO * width, width, std=residual_std)
+
+    def forward(self, x_BLD: Tensor, causal: bool = False, keys_BL: Tensor | None = None) -> Tensor:
+        """[B, L, D] -> [B, L, D]; `keys_BL` is True where a token may be seen."""
+        batch, length, width = x_BLD.shape
+        qkv = self.attention_qkv(self.attention_norm(x_BLD))
+        q_BLHD, k_BLHD, v_BLHD = qkv.view(batch, length, 3, self.heads, width // self.heads).unbind(2)
+        seen = attention(q_BLHD, k_BLHD, v_BLHD, backend=self.backend, causal=causal, keys_BL=keys_BL)
+        x_BLD = x_BLD + self.attention_out(seen.reshape(batch, length, width))
+        return x_BLD + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x_BLD))))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks and the final norm."""
+
+    def __init__(self, width: int, layers: int, heads: int, *, backend: Backend) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, heads, depth=layers, backend=backend) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x_BLD: Tensor, causal: bool = False, keys_BL: Tensor | None = None) -> Tensor:
+        """[B, L, D] -> [B, L, D], normalised."""
+        for block in self.blocks:
+            x_BLD = block(x_BLD, causal, keys_BL)
+        return self.norm(x_BLD)
+
+
+def take_rows(x_BND: Tensor, index_BM: Tensor) -> Tensor:
+    """Rows of each sample: out[b, m] = x[b, index[b, m]]. Copies whole rows (faster than a gather)."""
+    batch, rows = x_BND.shape[:2]
+    offset_B1 = torch.arange(batch, device=index_BM.device)[:, None] * rows
+    flat = x_BND.flatten(0, 1).index_select(0, (index_BM + offset_B1).flatten())
+    return flat.view(*index_BM.shape, *x_BND.shape[2:])

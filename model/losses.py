@@ -1,0 +1,119 @@
+"""The three losses, exact over the global batch, and the collectives that they need.
+
+Every rank returns its share of a global weighted mean, times the number of ranks: the average over ranks
+(what data-parallel training does to gradients) is then the exact global mean, whatever the weights.
+Samples of weight 0 fill up short ranks: they are in no mean, and nobody's negatives.
+
+Shapes: b samples of this rank, B of all ranks, E embedding, M masked patches, K codewords, N hidden words,
+W vocabulary.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Collectives(Protocol):
+    """What the losses need from the other ranks. All ranks call in the same order with the same shapes."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def gather_with_grad(self, x: Tensor) -> Tensor:
+        """[b, ...] -> [size * b, ...] in rank order; backward SUMS a row's gradients over the ranks."""
+        ...
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over ranks as a new tensor, detached."""
+        ...
+
+
+class SingleProcess:
+    """Collectives of one rank."""
+
+    rank = 0
+    size = 1
+
+    def gather_with_grad(self, x: Tensor) -> Tensor:
+        return x
+
+    def sum(self, x: Tensor) -> Tensor:
+        return x.detach().clone()
+
+
+def mean_shares(weight_n: Tensor, comm: Collectives) -> Tensor:
+    """What each of n values counts in this rank's share of a global mean: size * weight / total weight.
+
+    The sum of shares * values, averaged over ranks, is the global weighted mean. Zero if all weights are.
+    """
+    total = comm.sum(weight_n.sum())
+    return weight_n * (comm.size / total.clamp(min=torch.finfo(total.dtype).tiny))
+
+
+def contrastive(
+    image_bE: Tensor, text_bE: Tensor, scale: Tensor, share_b: Tensor, comm: Collectives
+) -> tuple[Tensor, Tensor]:
+    """L_I and L_T: cross-entropy of each image over all captions, and of each caption over all images.
+
+    The paper adds the two (Eq. 8), CLIP takes their mean.
+
+    Args:
+        image_bE: unit fp32 features.
+        text_bE: unit fp32 features of the same samples.
+        scale: [1] factor on the cosines (1 / temperature).
+        share_b: `mean_shares` of the samples' weights; a sample of share 0 is neither row nor column.
+
+    Returns:
+        Two scalars, this rank's shares.
+    """
+    absent_B = comm.gather_with_grad(share_b) == 0
+    match_b = scale * (image_bE * text_bE).sum(dim=1)
+    terms = []
+    for own_bE, others_BE in (
+        (image_bE, comm.gather_with_grad(text_bE)),
+        (text_bE, comm.gather_with_grad(image_bE)),
+    ):
+        logits_bB = (scale * (own_bE @ others_BE.T)).masked_fill(absent_B, float("-inf"))
+        terms.append(share_b @ (logits_bB.logsumexp(dim=1) - match_b))
+    return terms[0], terms[1]
+
+
+def teacher_targets(logits_bMK: Tensor, centre_K: Tensor, temperature: float) -> Tensor:
+    """Soft codewords of the teacher, softmax((logits - centre) / temperature), fp32 without gradient."""
+    return torch.softmax((logits_bMK.detach() - centre_K) / temperature, dim=-1)
+
+
+def distill(logits_bMK: Tensor, targets_bMK: Tensor, temperature: float, share_b: Tensor) -> Tensor:
+    """L_Dist: cross-entropy between soft codewords of teacher and student, mean over masked patches.
+
+    Args:
+        logits_bMK: the student's fp32 logits at the masked patches.
+        targets_bMK: the teacher's distribution at the same patches.
+        temperature: the student's.
+        share_b: `mean_shares` of the samples' weights.
+
+    Returns:
+        Scalar, this rank's share.
+    """
+    scaled_bMK = logits_bMK / temperature
+    entropy_bM = scaled_bMK.logsumexp(dim=-1) - (targets_bMK * scaled_bMK).sum(dim=-1)
+    return share_b @ entropy_bM.mean(dim=1)
+
+
+def mlm(logits_NW: Tensor, words_N: Tensor, share_N: Tensor) -> Tensor:
+    """L_MLM: cross-entropy of the hidden words, mean over all hidden words of the global batch.
+
+    Args:
+        logits_NW: fp32 scores of the vocabulary at the hidden words.
+        words_N: the words that stood there.
+        share_N: `mean_shares` of the weights of the samples that they belong to.
+
+    Returns:
+        Scalar, this rank's share.
+    """
+    return share_N @ F.cross_entropy(logits_NW, words_N, reduction="none")

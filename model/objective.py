@@ -1,0 +1,190 @@
+"""MaskCLIP as one module: what is trained, and the loss of one step.
+
+Shapes: B batch of this rank, L tokens, D width, E shared space, V visible and M masked patches, K codewords,
+N hidden words, W vocabulary.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import losses
+from model.blocks import linear
+from model.config import ModelConfig
+from model.heads import ImageDecoder, MlmHead, Quantizer, TextDecoder
+from model.losses import Collectives
+from model.masking import corrupt_tokens, split_patches
+from model.teacher import Teacher
+from model.text import TextTower, caption_lengths, cut_to_longest
+from model.vision import VisionTower
+
+INITIAL_TEMPERATURE = 0.07
+MAX_LOGIT_SCALE = 100.0
+
+
+class Output(NamedTuple):
+    """Result of one step's forward. All but `loss` is detached, fp32 and the same on every rank."""
+
+    loss: Tensor
+    """Scalar to call backward on; its average over ranks is `total`."""
+    total: Tensor
+    """Scalar, loss of the global batch."""
+    terms: dict[str, Tensor]
+    """Scalars image_text, text_image, distill, mlm of the global batch, unweighted; absent if off."""
+    metrics: dict[str, Tensor]
+    """Scalars logit_scale and, with distillation, teacher_entropy (nats) and codeword_use (0..1, effective
+    share of the codewords: exp of the entropy of the batch's mean target, over K)."""
+    centre_K: Tensor | None
+    """Mean of the teacher's logits over the masked patches of the global batch; None without distillation."""
+
+
+class MaskClip(nn.Module):
+    """The two encoders and the shared space: all that inference needs."""
+
+    def __init__(self, config: ModelConfig, seed: int) -> None:
+        """Build with weights that are a function of `seed` (the caller's CPU generator is left alone)."""
+        super().__init__()
+        self.config = config
+        self.seed = seed
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.vision = VisionTower(config.vision, config.attention)
+            self.text = TextTower(config.text, config.attention, mask_token=config.mlm.weight > 0)
+            # CLIP's init and no bias. Shape [1] and not a 0-d parameter, which DeepSpeed refuses in bf16.
+            vision_width, text_width = config.vision.width, config.text.width
+            self.image_projection = linear(vision_width, config.embed_dim, std=vision_width**-0.5, bias=False)
+            self.text_projection = linear(text_width, config.embed_dim, std=text_width**-0.5, bias=False)
+            self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / INITIAL_TEMPERATURE)]))
+            self._build_branches()
+
+    def _build_branches(self) -> None:
+        """What training adds."""
+
+    def encode_image(self, images_BCHW: Tensor) -> Tensor:
+        """[B, 3, H, W] uint8 0..255 or float 0..1 -> [B, E] fp32 unit features."""
+        return self._project(self.image_projection, self.vision(images_BCHW)[:, 0])
+
+    def encode_text(self, tokens_BL: Tensor) -> Tensor:
+        """[B, L] int64 -> [B, E] fp32 unit features."""
+        _, pooled_BD = self.text(cut_to_longest(tokens_BL, self.config.text))
+        return self._project(self.text_projection, pooled_BD)
+
+    @property
+    def scale(self) -> Tensor:
+        """[1] fp32 factor on the cosines, at most 100 (SLIP; at the limit its gradient is zero)."""
+        return self.logit_scale.float().clamp(max=math.log(MAX_LOGIT_SCALE)).exp()
+
+    @staticmethod
+    def _project(projection: nn.Linear, pooled_BD: Tensor) -> Tensor:
+        return F.normalize(projection(pooled_BD).float(), dim=-1)
+
+
+class Objective(MaskClip):
+    """L = L_I + L_T + lambda L_Dist + beta L_MLM (Eq. 8), with every pass of a step in one forward."""
+
+    def _build_branches(self) -> None:
+        config = self.config
+        if config.distill.weight > 0:
+            self.decoder = ImageDecoder(config.vision, config.distill, config.attention)
+            self.quantizer = Quantizer(config.vision.width, config.distill)
+        if config.mlm.weight > 0:
+            self.text_decoder = TextDecoder(config.text, config.mlm, config.attention)
+            self.mlm_head = MlmHead(config.text)
+
+    def forward(
+        self,
+        batch: Mapping[str, Tensor],
+        teacher: Teacher | None,
+        teacher_temperature: float,
+        comm: Collectives,
+    ) -> Output:
+        """Loss of one batch.
+
+        Args:
+            batch: image [B, 3, H, W] (uint8 0..255 or float 0..1), tokens [B, L] int64, id and epoch [B]
+                int64, weight [B] (0: the sample only fills up).
+            teacher: None exactly if distillation is off.
+            teacher_temperature: temperature of the teacher's soft codewords at this step.
+            comm: the other ranks.
+        """
+        share_B = losses.mean_shares(batch["weight"].float(), comm)
+        # Text first: it waits for the device (lengths), and should not wait for the long image passes.
+        text_BE, text_terms = self._text_passes(batch, comm)
+        image_BE = self.encode_image(batch["image"])
+        image_text, text_image = losses.contrastive(image_BE, text_BE, self.scale, share_B, comm)
+        terms = {"image_text": image_text, "text_image": text_image} | text_terms
+        averages: dict[str, Tensor] = {}
+        if self.config.distill.weight > 0:
+            assert teacher is not None, "distillation needs a teacher"
+            terms["distill"], averages = self._distill_pass(batch, share_B, teacher, teacher_temperature)
+        weights = {"distill": self.config.distill.weight, "mlm": self.config.mlm.weight}
+        loss = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
+        return self._report(loss, terms, averages, comm)
+
+    def _text_passes(
+        self, batch: Mapping[str, Tensor], comm: Collectives
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """[B, E] features of the captions, and the MLM term. Captions and masked captions share one pass."""
+        config = self.config
+        tokens_BL = cut_to_longest(batch["tokens"], config.text)
+        if config.mlm.weight == 0:
+            _, pooled_BD = self.text(tokens_BL)
+            return self._project(self.text_projection, pooled_BD), {}
+        corrupted_BL, hidden_BL = corrupt_tokens(
+            self.seed, batch["epoch"], batch["id"], tokens_BL, config.mlm.mask_ratio, config.text
+        )
+        hidden_N = hidden_BL.flatten().nonzero().squeeze(1)
+        states_BLD, pooled_BD = self.text(torch.cat([tokens_BL, corrupted_BL]))
+        captions, length = tokens_BL.shape
+        keys_BL = (
+            torch.arange(length, device=tokens_BL.device) < caption_lengths(tokens_BL, config.text)[:, None]
+        )
+        decoded_BLD = self.text_decoder(states_BLD[captions:], keys_BL)
+        decoded_ND = decoded_BLD.flatten(0, 1).index_select(0, hidden_N)
+        logits_NW = self.mlm_head(decoded_ND, self.text.token_embedding.weight)
+        weight_N = batch["weight"].float()[hidden_N // length]
+        mlm = losses.mlm(logits_NW, tokens_BL.flatten()[hidden_N], losses.mean_shares(weight_N, comm))
+        return self._project(self.text_projection, pooled_BD[:captions]), {"mlm": mlm}
+
+    def _distill_pass(
+        self, batch: Mapping[str, Tensor], share_B: Tensor, teacher: Teacher, teacher_temperature: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The distillation term, and this rank's shares of the averages that are reported."""
+        config = self.config
+        visible_BV, masked_BM = split_patches(
+            self.seed, batch["epoch"], batch["id"], config.vision.num_patches, config.num_visible
+        )
+        teacher_BMK = teacher(batch["image"], masked_BM)
+        targets_BMK = losses.teacher_targets(teacher_BMK, teacher.centre, teacher_temperature)
+        tokens_BVD = self.vision(batch["image"], visible_BV)
+        logits_BMK = self.quantizer(self.decoder(tokens_BVD, visible_BV, masked_BM))
+        term = losses.distill(logits_BMK, targets_BMK, config.distill.student_temperature, share_B)
+        entropy_BM = torch.special.entr(targets_BMK).sum(dim=-1)
+        return term, {
+            "teacher_entropy": share_B @ entropy_BM.mean(dim=1),
+            "centre": share_B @ teacher_BMK.mean(dim=1),
+            "target": share_B @ targets_BMK.mean(dim=1),
+        }
+
+    def _report(
+        self, loss: Tensor, terms: dict[str, Tensor], averages: dict[str, Tensor], comm: Collectives
+    ) -> Output:
+        """Everything that is said about the global batch, summed over ranks in one call."""
+        shares = {"total": loss, **terms, **averages}
+        flat = comm.sum(torch.cat([share.detach().reshape(-1) for share in shares.values()])) / comm.size
+        parts = flat.split([share.numel() for share in shares.values()])
+        whole = {
+            name: part.view(share.shape) for (name, share), part in zip(shares.items(), parts, strict=True)
+        }
+        metrics = {"logit_scale": self.scale.detach().squeeze(0)}
+        if averages:
+            target_K = whole["target"]
+            metrics["teacher_entropy"] = whole["teacher_entropy"]
+            metrics["codeword_use"] = torch.special.entr(target_K).sum().exp() / target_K.numel()
+        return Output(
+            loss, whole["total"], {name: whole[name] for name in terms}, metrics, whole.get("centre")
+        )

@@ -1,0 +1,54 @@
+"""Text encoder: CLIP's causal transformer; the caption's feature is the state of its end token.
+
+Causal attention (as in CLIP and SLIP; not from the paper) needs no padding mask: what follows the end token
+is never seen. So a caption's states do not depend on its padding, and a batch is cut to its longest caption.
+
+Shapes: B batch, L tokens, D width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import Backend
+from model.blocks import Transformer, normal_parameter, take_rows
+from model.config import TextConfig
+
+
+def caption_lengths(tokens_BL: Tensor, config: TextConfig) -> Tensor:
+    """[B] tokens of each caption up to and with its end token."""
+    return (tokens_BL == config.end_token).int().argmax(dim=1) + 1
+
+
+def cut_to_longest(tokens_BL: Tensor, config: TextConfig) -> Tensor:
+    """The same captions without the columns that are padding in all of them (waits for the device)."""
+    return tokens_BL[:, : int(caption_lengths(tokens_BL, config).max())]
+
+
+class TextTower(nn.Module):
+    """Causal text transformer. With `mask_token` also a vector for hidden words (not from the paper)."""
+
+    def __init__(self, config: TextConfig, backend: Backend, *, mask_token: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        self.mask_embedding = normal_parameter(config.width, std=0.02) if mask_token else None
+        self.positions = normal_parameter(config.context_length, config.width, std=0.01)
+        self.transformer = Transformer(config.width, config.layers, config.heads, backend=backend)
+
+    def forward(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode captions.
+
+        Args:
+            tokens_BL: int64 ids, L at most `context_length`; `config.mask_token` stands for a hidden word.
+
+        Returns:
+            [B, L, D] token states and [B, D] state of the end token, after the final norm.
+        """
+        x_BLD = self.token_embedding(tokens_BL.clamp(max=self.config.vocab_size - 1))
+        if self.mask_embedding is not None:
+            hidden_BL1 = (tokens_BL == self.config.mask_token).unsqueeze(-1)
+            x_BLD = torch.where(hidden_BL1, self.mask_embedding, x_BLD)
+        states_BLD = self.transformer(x_BLD + self.positions[: tokens_BL.shape[1]], causal=True)
+        end_B1 = caption_lengths(tokens_BL, self.config)[:, None] - 1
+        return states_BLD, take_rows(states_BLD, end_B1).squeeze(1)

@@ -1,0 +1,59 @@
+"""Packaging of MaskCLIP: four packages, one console script. Exact versions: requirements/lock.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+PACKAGES = ("system", "model", "data_pipeline", "cluster")
+
+setup(
+    name="maskclip",
+    version="0.1.0",
+    description="MaskCLIP training system: Ray data preprocessing, DeepSpeed training, exact resume",
+    long_description=Path(__file__).with_name("README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
+    package_data={"data_pipeline": ["assets/*"], "system": ["templates/*"]},
+    entry_points={"console_scripts": ["maskclip = system.cli:main"]},
+    install_requires=[
+        "torch>=2.10,<3",
+        "deepspeed>=0.19.8,<0.20",
+        "xformers>=0.0.35",
+        "ray>=2.50,<3",
+        "webdataset>=1.0,<2",
+        "pyarrow>=20",
+        "s3fs>=2026.1",
+        "fsspec>=2026.1",
+        "aiohttp>=3.10",
+        "botocore>=1.40",
+        "safetensors>=0.5",
+        "numpy>=2.0",
+        "pillow>=11",
+        "tokenizers>=0.21",
+        "ftfy>=6.3",
+        "pydantic>=2.10,<3",
+        "pyyaml>=6.0",
+        "rich>=13",
+        "tenacity>=9",
+        "jinja2>=3.1",
+        "matplotlib>=3.9",
+        "packaging>=24",
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=8.3",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.17.6,<0.18",  # another minor version formats differently
+            "pyright[nodejs]>=1.1.414",  # its Node.js comes as a wheel, so that the machine needs none
+            "ministack>=1.5.33",
+            "pre-commit>=4",
+        ],
+        # The kernels come with the CUDA build of torch and with xformers, required everywhere already: what a
+        # GPU machine adds is the kernel compiler that torch's CUDA wheels name and other builds leave out.
+        "gpu": ["triton>=3; platform_system == 'Linux'"],
+    },
+)

@@ -1,0 +1,96 @@
+"""From a configuration to the parts of a training job."""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from cluster.events import EventLog, claim_attempt
+from cluster.stop import StopRequest
+from cluster.store import ObjectStore
+from cluster.world import World
+from data_pipeline.augment import AugmentConfig
+from data_pipeline.loader import Loader
+from data_pipeline.order import OrderConfig
+from model.objective import Objective
+from model.teacher import Teacher
+from system.agreement import on_rank_zero
+from system.checkpointer import Checkpointer
+from system.collectives import DistributedCollectives
+from system.config import TrainConfig
+from system.console import Console
+from system.engine import Engine
+from system.run_folder import claim_run, describe_run
+from system.teacher_state import ShardedTeacher
+from system.trainer import Trainer
+
+
+@contextmanager
+def process_group(world: World) -> Iterator[None]:
+    """torch.distributed under DeepSpeed's roof: NCCL where there is CUDA, gloo elsewhere."""
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")
+    import deepspeed
+
+    deepspeed.logger.setLevel("WARNING")
+    if cuda:
+        torch.cuda.set_device(world.local_rank)
+    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def build_loader(config: TrainConfig, world: World) -> Loader:
+    return Loader(
+        config.data.uri,
+        OrderConfig(
+            seed=config.run.seed, streams=config.data.streams, window_shards=config.data.window_shards
+        ),
+        AugmentConfig(image_size=config.model.vision.image_size, scale=config.data.crop_scale),
+        config.data.loader,
+        config.data.global_batch,
+        world.rank,
+        world.size,
+    )
+
+
+def build_engine(config: TrainConfig, world: World) -> tuple[Engine, ShardedTeacher]:
+    """Student, optimizer and teacher, freshly initialised from run.seed; the same on every rank."""
+    objective = Objective(config.model, seed=config.run.seed)
+    engine = Engine(objective, config, math.ceil(config.data.global_batch / world.size))
+    teacher = None
+    if config.model.distill.weight > 0:
+        teacher = Teacher(config.model)
+        teacher.load_student(engine.objective)
+        teacher = teacher.to(engine.device, torch.bfloat16 if config.engine.precision == "bf16" else torch.float32)
+    return engine, ShardedTeacher(teacher, engine.fragments)
+
+
+@contextmanager
+def open_event_log(run: ObjectStore, world: World) -> Iterator[EventLog]:
+    attempt = on_rank_zero(lambda: claim_attempt(run))
+    events = EventLog(run, attempt, world.rank)
+    try:
+        yield events
+    finally:
+        events.close()
+
+
+@contextmanager
+def build_trainer(config: TrainConfig, world: World, run: ObjectStore, events: EventLog) -> Iterator[tuple[Trainer, Loader]]:
+    """A trainer at step 0 and the loader that feeds it. Call `Trainer.resume` next."""
+    loader = build_loader(config, world)
+    on_rank_zero(lambda: claim_run(run, config, loader.digest))
+    engine, teacher = build_engine(config, world)
+    checkpointer = Checkpointer(run, engine, teacher, events, describe_run(config, loader.digest))
+    with Console(config.run.steps, active=world.rank == 0) as console, StopRequest() as stop:
+        comm = DistributedCollectives()
+        yield Trainer(config, engine, teacher, comm, checkpointer, events, console, stop), loader
+

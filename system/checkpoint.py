@@ -1,0 +1,165 @@
+"""Reading checkpoints: which ones are committed, and any run of any parameter by byte range.
+
+Format (docs/checkpoint-format.md): ``checkpoints/step-000000200/`` holds ``rank-00000.safetensors`` files and a
+``manifest.json`` that was written last. A tensor ``<kind>/<parameter>/<start>`` is a flat fp32 run of the parameter from element
+`start`; kinds are master, exp_avg, exp_avg_sq and teacher. Nothing here knows how many ranks wrote it, or DeepSpeed.
+"""
+
+import json
+import re
+import struct
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from cluster.errors import CheckpointIncompatible, ObjectNotFound
+from cluster.manifest import Manifest
+from cluster.manifest import load as load_manifest
+from cluster.store import ObjectStore
+
+KIND = "checkpoint"
+VERSION = 1
+Kind = Literal["master", "exp_avg", "exp_avg_sq", "teacher"]
+_STEP_FOLDER = re.compile(r"^step-(\d{9})/manifest\.json$")
+_MERGE_GAP = 1 << 20
+"""Ranges of a file that lie closer than this many bytes are fetched in one request."""
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """What a checkpoint says of itself."""
+
+    step: int
+    slot: int
+    samples_seen: int
+    digest: str
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stored run of a parameter: elements [start, start + length) at byte `offset` of `file`."""
+
+    start: int
+    length: int
+    file: str
+    offset: int
+
+
+def step_folder(step: int) -> str:
+    return f"step-{step:09d}"
+
+
+def committed_steps(run: ObjectStore) -> list[int]:
+    """Steps whose manifest is there, ascending. Says nothing about whether the files verify."""
+    matches = (_STEP_FOLDER.match(info.key) for info in run.child("checkpoints").list())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def open_checkpoint(run: ObjectStore, step: int) -> tuple[ObjectStore, Manifest]:
+    """Raises ObjectNotFound when step has no committed checkpoint, naming those that are there."""
+    store = run.child(f"checkpoints/{step_folder(step)}")
+    try:
+        return store, load_manifest(store, KIND)
+    except ObjectNotFound:
+        steps = ", ".join(str(s) for s in committed_steps(run)[-5:]) or "none"
+        raise ObjectNotFound(
+            f"{run.uri}: no committed checkpoint at step {step}; committed steps: {steps}"
+        ) from None
+
+
+def load_checkpoint_meta(run: ObjectStore, step: int) -> CheckpointMeta:
+    _, manifest = open_checkpoint(run, step)
+    meta = manifest.meta
+    return CheckpointMeta(meta["step"], meta["slot"], meta["samples_seen"], manifest.digest, meta)
+
+
+def newest_step(run: ObjectStore, step: int | None = None) -> int:
+    """`step` itself, or the newest committed one. Raises ObjectNotFound when the run has none."""
+    if step is not None:
+        return step
+    steps = committed_steps(run)
+    if not steps:
+        raise ObjectNotFound(f"{run.uri}: this run has no committed checkpoint; train it first or correct the URI")
+    return steps[-1]
+
+
+class FragmentReader:
+    """Runs of parameters out of a committed checkpoint, by byte range."""
+
+    def __init__(self, store: ObjectStore, manifest: Manifest) -> None:
+        self._store = store
+        self.shapes: dict[str, list[int]] = manifest.meta["parameters"]
+        self._pieces: dict[tuple[str, str], list[Piece]] = defaultdict(list)
+        for entry in manifest.files:
+            self._index(entry.name)
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda piece: piece.start)
+
+    def _index(self, file: str) -> None:
+        (header_size,) = struct.unpack("<Q", self._store.get_range(file, 0, 8))
+        header = json.loads(self._store.get_range(file, 8, header_size))
+        for name, info in header.items():
+            if name == "__metadata__":
+                continue
+            kind, parameter, start = name.split("/")
+            first, last = info["data_offsets"]
+            piece = Piece(int(start), (last - first) // 4, file, 8 + header_size + first)
+            self._pieces[kind, parameter].append(piece)
+
+    def parameters(self, kind: str) -> list[str]:
+        return sorted(parameter for k, parameter in self._pieces if k == kind)
+
+    def read(self, runs: list[tuple[str, str, int, int]]) -> list[torch.Tensor]:
+        """
+        Args:
+            runs: (kind, parameter, start, length) each.
+        Returns:
+            Flat fp32 tensors [length], in the order of `runs`.
+        Raises:
+            CheckpointIncompatible: the checkpoint does not cover a run.
+        """
+        tensors = [torch.empty(length, dtype=torch.float32) for *_, length in runs]
+        wanted: dict[str, list[tuple[int, int, torch.Tensor]]] = defaultdict(list)
+        for (kind, parameter, start, length), tensor in zip(runs, tensors, strict=True):
+            covered = 0
+            for piece in self._pieces.get((kind, parameter), ()):
+                low, high = max(start, piece.start), min(start + length, piece.start + piece.length)
+                if low < high:
+                    covered += high - low
+                    offset = piece.offset + 4 * (low - piece.start)
+                    wanted[piece.file].append((offset, 4 * (high - low), tensor[low - start : high - start]))
+            if covered != length:
+                raise CheckpointIncompatible(
+                    f"{self._store.uri}: {kind} of {parameter} covers {covered} of the {length} elements from {start} "
+                    "that this model needs; resume with the model configuration that wrote the checkpoint"
+                )
+        for file, ranges in wanted.items():
+            self._fetch(file, sorted(ranges, key=lambda item: item[0]))
+        return tensors
+
+    def _fetch(self, file: str, ranges: list[tuple[int, int, torch.Tensor]]) -> None:
+        group: list[tuple[int, int, torch.Tensor]] = []
+        for item in [*ranges, None]:
+            if group and (item is None or item[0] - (group[-1][0] + group[-1][1]) > _MERGE_GAP):
+                first = group[0][0]
+                data = self._store.get_range(file, first, group[-1][0] + group[-1][1] - first)
+                for offset, size, target in group:
+                    values = np.frombuffer(data, dtype="<f4", count=size // 4, offset=offset - first)
+                    target.copy_(torch.from_numpy(values.copy()))
+                group = []
+            if item is not None:
+                group.append(item)
+
+
+def read_parameters(run: ObjectStore, step: int, kind: Kind) -> dict[str, torch.Tensor]:
+    """Every parameter that has `kind` in the checkpoint of `step`, fp32, in its full shape."""
+    reader = FragmentReader(*open_checkpoint(run, step))
+    names = reader.parameters(kind)
+    sizes = [int(np.prod(reader.shapes[name], dtype=np.int64)) for name in names]
+    flat = reader.read([(kind, name, 0, size) for name, size in zip(names, sizes, strict=True)])
+    return {name: tensor.view(reader.shapes[name]) for name, tensor in zip(names, flat, strict=True)}
+

@@ -1,0 +1,105 @@
+"""The `maskclip` command. Recipes are positional, knobs are key=value, every command has --json.
+
+Exit codes are those of cluster.errors. A user's mistake is one line on stderr, never a traceback.
+"""
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from cluster.errors import ConfigError, MaskClipError, exit_code_of
+from system import commands
+from system.train import train
+
+Handler = Callable[[argparse.Namespace], Any]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see `{self.prog} --help`")
+
+
+def train_command(args: argparse.Namespace) -> Any:
+    """Under a launcher (RANK is set) be one rank; otherwise start the local ranks and wait for them."""
+    config = commands.train_config(args.recipe, args.knobs)
+    if "RANK" in os.environ:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no result of ours
+        return train(config)
+    return commands.train_locally(config, args)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="maskclip", description="Train MaskCLIP: data, training, evaluation, export, reports.")
+    groups = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(
+        where: Any, name: str, handler: Handler, summary: str, positional: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        sub = where.add_parser(name, help=summary, description=summary)
+        for argument, meaning in positional:
+            optional = argument.endswith("?")
+            sub.add_argument(argument.rstrip("?"), nargs="?" if optional else None, help=meaning)
+        sub.add_argument("knobs", nargs="*", metavar="key=value", help="settings, with dotted keys")
+        sub.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+        sub.set_defaults(handler=handler)
+
+    recipe, run = ("recipe", "path of a YAML recipe"), ("run", "run folder: local path or s3://bucket/prefix")
+    command(groups, "preprocess", commands.preprocess, "raw image-text tars or folders -> a committed data set", [recipe])
+    command(groups, "train", train_command, "train, or go on from the newest checkpoint", [recipe])
+    command(groups, "evaluate", commands.evaluate, "zero-shot classification and retrieval of a run's checkpoint", [run])
+    command(groups, "export", commands.export, "inference weights of a run's checkpoint as safetensors", [run])
+    command(groups, "report", commands.report, "self-contained HTML report of a run and a summary", [run])
+    command(groups, "config", commands.show_config, "print a recipe as it would run, checked", [recipe])
+    command(groups, "doctor", commands.doctor, "check this machine, and a store if its URI is given", [("uri?", "store")])
+    command(groups, "demo", commands.demo, "the whole system on the emoji sample, with a kill and a resume", [("folder", "work")])
+
+    checkpoint = groups.add_parser("checkpoint", help="checkpoints of a run").add_subparsers(
+        dest="action", required=True, metavar="ACTION", parser_class=_Parser
+    )
+    command(checkpoint, "list", commands.checkpoint_list, "committed checkpoints of a run", [run])
+    command(checkpoint, "verify", commands.checkpoint_verify, "compare every file with its manifest", [run])
+    dataset = groups.add_parser("dataset", help="committed data sets").add_subparsers(
+        dest="action", required=True, metavar="ACTION", parser_class=_Parser
+    )
+    where = ("dataset", "data set: local path or s3://bucket/prefix")
+    command(dataset, "verify", commands.dataset_verify, "compare every file with its manifest", [where])
+    command(dataset, "stats", commands.dataset_stats, "counts, sizes, caption lengths, rejects", [where])
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    as_json = "--json" in (sys.argv if argv is None else argv)
+    try:
+        args = build_parser().parse_args(argv)
+        result = args.handler(args)
+        if result is not None:
+            commands.show(result, as_json)
+        return getattr(result, "exit_code", 0)
+    except (Exception, KeyboardInterrupt) as error:
+        return _fail(error, as_json)
+
+
+def _fail(error: BaseException, as_json: bool) -> int:
+    code = exit_code_of(error)
+    rank = os.environ.get("RANK")
+    who = "maskclip" if rank is None else f"maskclip rank {rank}"
+    if isinstance(error, KeyboardInterrupt):
+        message = "interrupted"
+    elif isinstance(error, MaskClipError):
+        message = " ".join(str(error).split())
+    else:
+        traceback.print_exception(error)
+        message = f"internal error, please report it with the lines above: {type(error).__name__}"
+    print(f"{who}: {message} (exit code {code})", file=sys.stderr, flush=True)
+    if as_json and rank is None:
+        print(json.dumps({"error": type(error).__name__, "message": message, "exit_code": code}))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""What the commands do: each takes the parsed arguments and returns a `Result`, or raises an error of cluster.errors."""
+
+import argparse
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from cluster.errors import CheckpointIncompatible, ConfigError, DataError
+from cluster.local_launch import run_local
+from cluster.manifest import verify
+from cluster.store import open_store
+from data_pipeline.catalog import dataset_stats as stats_of
+from data_pipeline.catalog import load_dataset, verify_dataset
+from data_pipeline.preprocess import PreprocessConfig, run_preprocess
+from system.checkpoint import committed_steps, load_checkpoint_meta, open_checkpoint
+from system.config import TrainConfig, apply_overrides, load_recipe, load_train_recipe, read_recipe, to_dict, validate
+from system.console import preprocess_progress
+from system.history import load_history
+
+Args = argparse.Namespace
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command found: `data` for machines, `text` (anything that rich prints) for people."""
+
+    data: Any
+    text: Any
+    exit_code: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    output: str = "report.html"
+    """Where the HTML page goes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoKnobs:
+    """For commands without settings: any key is unknown."""
+
+@dataclass
+class _Rows:
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple] = field(default_factory=list)
+
+    def table(self) -> Table:
+        table = Table(title=self.title, title_justify="left")
+        for column in self.columns:
+            table.add_column(column, overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(str, row))
+        return table
+
+
+def show(result: Result, as_json: bool) -> None:
+    console = Console(highlight=False, soft_wrap=as_json)
+    if as_json:
+        console.print_json(data=result.data)
+    else:
+        console.print(result.text)
+
+
+def knobs(args: Args, kind: type, **positional: Any) -> Any:
+    """The `key=value` settings of a command that has no recipe, as a typed config."""
+    return validate(kind, apply_overrides(dict(positional), args.knobs), f"maskclip {args.command}")
+
+
+def preprocess(args: Args) -> Result:
+    config = load_recipe(args.recipe, args.knobs, PreprocessConfig)
+    with preprocess_progress() as progress:
+        summary = asdict(run_preprocess(config, progress))
+    rows = [(key, value) for key, value in summary.items()]
+    return Result({"output": config.output, **summary}, _Rows(f"data set {config.output}", ("what", "value"), rows).table())
+
+
+def train_config(recipe: str, overrides: list[str]) -> TrainConfig:
+    return load_train_recipe(recipe, overrides)
+
+
+def train_locally(config: TrainConfig, args: Args) -> Result:
+    """Check what every rank needs once, so that a mistake is one line; then start the ranks and wait."""
+    dataset = load_dataset(config.data.uri)
+    run = open_store(config.run.uri, config.store)
+    run.exists("config.json")
+    # -P: a folder named model/ or system/ in the working directory must not shadow the installed packages.
+    argv = [sys.executable, "-P", "-m", "system.cli", "train", args.recipe, *args.knobs]
+    code = run_local(argv, config.run.processes, None)
+    steps = committed_steps(run)
+    data = {
+        "run": config.run.uri,
+        "dataset": dataset.digest,
+        "exit_code": code,
+        "steps": config.run.steps,
+        "last_checkpoint": steps[-1] if steps else None,
+    }
+    if code == 0:
+        text = f"trained to step {config.run.steps}; next: maskclip evaluate {config.run.uri} data=..."
+    else:
+        text = f"training ended with exit code {code}; last committed checkpoint: {data['last_checkpoint']}"
+    return Result(data, text, code)
+
+
+def evaluate(args: Args) -> Result:
+    from system.evaluate import EvaluateConfig, render
+    from system.evaluate import evaluate as run_evaluation
+
+    result = run_evaluation(args.run, knobs(args, EvaluateConfig))
+    return Result(result, render(result))
+
+
+def export(args: Args) -> Result:
+    from system.export import ExportConfig
+    from system.export import export as run_export
+
+    result = run_export(args.run, knobs(args, ExportConfig))
+    return Result(result, _Rows("export", ("what", "value"), list(result.items())).table())
+
+
+def report(args: Args) -> Result:
+    from system.report import summary, write_report
+
+    config = knobs(args, ReportConfig)
+    history = load_history(open_store(args.run))
+    data = write_report(args.run, Path(config.output))
+    return Result(data, summary(history))
+
+
+def show_config(args: Args) -> Result:
+    kinds: dict[str, type] = {"train": TrainConfig, "preprocess": PreprocessConfig}
+    command = read_recipe(args.recipe).get("command", "train")
+    if command not in kinds:
+        raise ConfigError(f"{args.recipe}: command {command!r} is none of {', '.join(kinds)}; correct `command`")
+    config = (
+        load_train_recipe(args.recipe, args.knobs)
+        if command == "train"
+        else load_recipe(args.recipe, args.knobs, kinds[command])
+    )
+    values = to_dict(config)
+    return Result(values, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip())
+
+
+def doctor(args: Args) -> Result:
+    from system.doctor import run_checks
+
+    checks = run_checks(args.uri)
+    failed = any(check.status == "fail" for check in checks)
+    rows = [(c.name, c.status, c.detail, c.fix) for c in checks]
+    table = _Rows("doctor", ("check", "status", "found", "what to do"), rows).table()
+    return Result([asdict(check) for check in checks], table, ConfigError.exit_code if failed else 0)
+
+
+def demo(args: Args) -> Result:
+    from system.demo import run_demo
+
+    data = run_demo(Path(args.folder))
+    return Result(data, _Rows("demo", ("what", "value"), list(data.items())).table())
+
+
+def checkpoint_list(args: Args) -> Result:
+    knobs(args, NoKnobs)
+    run = open_store(args.run)
+    metas = [load_checkpoint_meta(run, step) for step in committed_steps(run)]
+    data = [{"step": m.step, "slot": m.slot, "digest": m.digest, "state_digest": m.meta["state_digest"]} for m in metas]
+    rows = [(m.step, m.slot, m.digest[:12], m.meta["state_digest"]) for m in metas]
+    return Result(data, _Rows(f"checkpoints of {args.run}", ("step", "slot", "manifest", "state"), rows).table())
+
+
+def checkpoint_verify(args: Args) -> Result:
+    knobs(args, NoKnobs)
+    run = open_store(args.run)
+    steps = committed_steps(run)
+    problems = {step: verify(*open_checkpoint(run, step)) for step in steps}
+    return _verdict(
+        {f"step {step}": found for step, found in problems.items()}, args.run, "checkpoint", CheckpointIncompatible.exit_code
+    )
+
+
+def dataset_verify(args: Args) -> Result:
+    knobs(args, NoKnobs)
+    return _verdict({args.dataset: verify_dataset(args.dataset)}, args.dataset, "data set", DataError.exit_code)
+
+
+def dataset_stats(args: Args) -> Result:
+    knobs(args, NoKnobs)
+    data = stats_of(args.dataset)
+    return Result(data, _Rows(f"data set {args.dataset}", ("what", "value"), list(data.items())).table())
+
+
+def _verdict(problems: dict[str, list[str]], where: str, what: str, bad: int) -> Result:
+    if not problems:
+        raise DataError(f"{where}: no committed {what} here; correct the URI")
+    found = [line for lines in problems.values() for line in lines]
+    status: Literal["whole", "damaged"] = "damaged" if found else "whole"
+    text = "\n".join(found) if found else f"{where}: {len(problems)} {what}(s) whole"
+    return Result({"status": status, "checked": list(problems), "problems": found}, text, bad if found else 0)

@@ -1,0 +1,272 @@
+"""Typed, frozen configuration of a training run, and the way from a recipe to it.
+
+A recipe is YAML; knobs are ``key=value`` with dotted keys. Unknown keys, wrong types and impossible combinations are a
+`ConfigError` with the dotted path, before anything is allocated (design law 8).
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from cluster.errors import ConfigError
+from cluster.store import StoreConfig
+from data_pipeline.loader import LoaderConfig
+from model.config import ModelConfig, resolve
+
+# Keys that may differ between the attempts of one run; everything else is the run's identity.
+FREE_KEYS = (
+    "run.uri",
+    "run.processes",
+    "data.uri",
+    "data.loader",
+    "engine.zero_stage",
+    "checkpoint",
+    "store",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    uri: str
+    """Run folder: a local path or s3://bucket/prefix. Events, checkpoints and evaluations live under it."""
+    steps: int
+    """Optimizer steps of the whole run; the schedules end here."""
+    processes: int = 1
+    """Local processes that `maskclip train` starts (ignored under torchrun)."""
+    seed: int = 0
+    """Keys the initial weights, the sample order, crops, masks and token corruption."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.processes < 1:
+            raise ValueError("steps and processes are at least 1; raise run.steps or run.processes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    uri: str
+    """Committed data set, as written by `maskclip preprocess`."""
+    global_batch: int = 4096
+    """Pairs per step over all ranks (paper: 4096). World size need not divide it."""
+    streams: int = 64
+    """Logical streams of the sample order; divides global_batch."""
+    window_shards: int = 4
+    """Samples are permuted within windows of about this many shards."""
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Area range of the random crop (SLIP's value; not given in the paper)."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+
+    def __post_init__(self) -> None:
+        if self.streams < 1 or self.global_batch % self.streams:
+            raise ValueError(
+                f"global_batch {self.global_batch} is not a multiple of streams {self.streams}; "
+                "change data.global_batch or data.streams"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule. lr, decay, betas and warm-up are not from the paper: SLIP's CLIP recipe."""
+
+    lr: float = 5e-4
+    final_lr: float = 1e-5
+    warmup_lr: float = 1e-6
+    warmup_steps: int = 2000
+    weight_decay: float = 0.5
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    gradient_clip: float = 0.0
+    """Clip the global gradient norm to this; 0 switches clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """EMA teacher. The momentum range agrees with the authors' BootMAE; the paper's text for it was not seen."""
+
+    momentum_start: float = 0.999
+    momentum_end: float = 0.9999
+    temperature_warmup: float = 0.1
+    """Share of the run over which the teacher temperature rises from its start to its final value."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.momentum_start <= self.momentum_end < 1.0:
+            raise ValueError("0 <= momentum_start <= momentum_end < 1 must hold; change teacher.momentum_*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    zero_stage: Literal[0, 1, 2] = 1
+    precision: Literal["fp32", "bf16"] = "bf16"
+    max_refused_steps: int = 3
+    """Refused steps in a row before the attempt ends with the NonFinite exit code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int = 1000
+    """A checkpoint is committed after every so many steps, at the end and when the run is asked to stop."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise ValueError("every_steps is at least 1; raise checkpoint.every_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    command: Literal["train"] = "train"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+
+
+T = TypeVar("T")
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML 1.1 with two repairs: ``1e-4`` is a number, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.YAMLError(f"the key '{twice[0]}' stands twice")
+        return super().construct_mapping(node, deep)
+
+
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_RecipeLoader)  # a SafeLoader: builds plain values only
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{where}: not valid YAML ({reason}); correct the recipe") from None
+
+
+def parse_overrides(overrides: list[str]) -> list[tuple[list[str], Any]]:
+    """``["a.b=1"]`` -> ``[(["a", "b"], 1)]``; values are read as YAML."""
+    pairs = []
+    for item in overrides:
+        key, separator, value = item.partition("=")
+        if not separator or not all(key.split(".")):
+            raise ConfigError(f"'{item}' is not of the form key=value; write for example run.steps=100")
+        pairs.append((key.split("."), _parse_yaml(value, item)))
+    return pairs
+
+
+def apply_overrides(values: dict, overrides: list[str]) -> dict:
+    values = json.loads(json.dumps(values))
+    for path, value in parse_overrides(overrides):
+        node = values
+        for depth, name in enumerate(path[:-1], start=1):
+            node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{'.'.join(path)}: '{'.'.join(path[:depth])}' is a value, not a section")
+        node[path[-1]] = value
+    return values
+
+
+def validate(kind: type[T], values: dict, where: str) -> T:
+    """Build `kind` (a dataclass) from plain values.
+
+    Raises:
+        ConfigError: unknown key, wrong type, missing key or impossible value; one line with every dotted path.
+    """
+    strict = with_config(ConfigDict(extra="forbid", strict=True))(kind)  # nested sections inherit it
+    try:
+        return TypeAdapter(strict).validate_json(json.dumps(values))
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+        raise ConfigError(f"{where}: {'; '.join(problems)}") from None
+
+
+def _explain(problem: Any) -> str:
+    path = ".".join(str(part) for part in problem["loc"]) or "recipe"
+    if problem["type"] == "unexpected_keyword_argument":
+        return f"{path}: unknown key, remove it or correct its spelling"
+    if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{path}: missing, add it to the recipe or give {path}=..."
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{path}: {message}"
+    return f"{path}: {message[0].lower()}{message[1:]}, not {problem['input']!r}"
+
+
+def read_recipe(path: str) -> dict:
+    """The plain values of a recipe file. Raises ConfigError when it is absent or not a YAML mapping."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"{path}: cannot read the recipe ({reason}); give the path of a YAML recipe") from None
+    values = _parse_yaml(text, path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a recipe is a YAML mapping of sections; see configs/ for examples")
+    return values
+
+
+def load_recipe(path: str, overrides: list[str], kind: type[T]) -> T:
+    """Read, override and validate the recipe at `path` as a `kind`."""
+    return build_config(apply_overrides(read_recipe(path), overrides), path, kind)
+
+
+def load_train_recipe(path: str, overrides: list[str]) -> TrainConfig:
+    """As `load_recipe`, with the model's preset filled in."""
+    values = apply_overrides(read_recipe(path), overrides)
+    section = values.get("model", {})
+    if isinstance(section, dict):
+        try:
+            values["model"] = resolve(section)
+        except ValueError as error:
+            raise ConfigError(f"{path}: model: {error}") from None
+    return build_config(values, path, TrainConfig)
+
+
+def build_config(values: dict, path: str, kind: type[T]) -> T:
+    """Validate `values` as a `kind`, which must be for the command that the recipe names."""
+    wanted = next(f.default for f in dataclasses.fields(kind) if f.name == "command")  # type: ignore[arg-type]
+    given = values.get("command", wanted)
+    if given != wanted:
+        raise ConfigError(f"{path}: this recipe is for `maskclip {given}`, not `maskclip {wanted}`")
+    return validate(kind, values, path)
+
+
+def to_dict(config: Any) -> dict:
+    """Plain JSON values (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """Dotted keys and values that must be the same in every attempt of a run."""
+    flat = flatten(to_dict(config))
+    return {k: v for k, v in flat.items() if not any(k == free or k.startswith(free + ".") for free in FREE_KEYS)}
+
+
+def digest(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

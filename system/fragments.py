@@ -1,0 +1,93 @@
+"""Named parameter fragments: the topology-free view of what DeepSpeed partitions (design laws 4 and "Checkpoint").
+
+A fragment is a run of consecutive elements of one parameter, flattened, with the fp32 master values and both Adam
+moments that this rank holds for it. Stages 1 and 2 give each rank its share; stage 0 keeps everything on every rank, and
+there each rank writes an equal share of every parameter, so that a checkpoint never holds an element twice.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+@dataclass(frozen=True)
+class Fragment:
+    """Views, never copies: writing into a tensor here writes DeepSpeed's own state."""
+
+    parameter: str
+    start: int
+    """First element of the flattened parameter that `state` covers."""
+    state: dict[str, torch.Tensor]
+    """kind -> flat fp32 view [length]."""
+    saved_start: int
+    saved_length: int
+    """The run within the parameter that this rank writes to a checkpoint; inside the run that it holds."""
+
+    @property
+    def length(self) -> int:
+        return self.state["master"].numel()
+
+
+def replicated_masters(module: nn.Module, optimizer) -> dict[str, torch.Tensor]:
+    """ZeRO stage 0: parameter name -> its fp32 master, whole on every rank.
+
+    In fp32 `optimizer` is the plain torch one and the parameters are their own masters. In bf16 it is DeepSpeed's
+    FP16_UnfusedOptimizer, which allocates Adam's state by a step on zero gradients: that decays every weight once and makes Adam
+    count one step too many. Both are undone here, before the first real step.
+    """
+    parameters = dict(module.named_parameters())
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return {name: parameter.detach() for name, parameter in parameters.items()}
+    masters = {}
+    by_identity = {id(parameter): name for name, parameter in parameters.items()}
+    for trained, fp32 in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        for parameter, master in zip(trained, fp32, strict=True):
+            master.data.copy_(parameter.data)
+            optimizer.optimizer.state[master]["step"].zero_()
+            masters[by_identity[id(parameter)]] = master
+    return masters
+
+
+def replicated_fragments(
+    masters: dict[str, torch.Tensor], adam: torch.optim.Optimizer, rank: int, world_size: int
+) -> Iterator[Fragment]:
+    """ZeRO stage 0: every rank holds everything and writes its share of each parameter."""
+    # The optimizer's state is keyed by the tensor object; a detached view of it shares only the storage.
+    keys = {p.data_ptr(): p for group in adam.param_groups for p in group["params"]}
+    for name, master in masters.items():
+        moments = adam.state[keys[master.data_ptr()]]
+        moments.setdefault("step", torch.zeros((), dtype=torch.float32, device=master.device))
+        state = {"master": master.detach().view(-1)}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            state[kind] = moments.setdefault(kind, torch.zeros_like(master.detach())).view(-1)
+        first, last = (master.numel() * r // world_size for r in (rank, rank + 1))
+        yield Fragment(name, 0, state, first, last - first)
+
+
+def partitioned_fragments(module: nn.Module, zero_optimizer) -> Iterator[Fragment]:
+    """ZeRO stages 1 and 2: the part of each parameter that lies in this rank's flat fp32 partition.
+
+    A fresh engine has no Adam state yet; it is created here, one flat tensor per group, as AdamW itself would.
+    """
+    inner = zero_optimizer.optimizer
+    for flat in zero_optimizer.single_partition_of_fp32_groups:
+        moments = inner.state[flat]
+        moments.setdefault("step", torch.zeros((), dtype=torch.float32, device=flat.device))
+        for kind in ("exp_avg", "exp_avg_sq"):
+            moments.setdefault(kind, torch.zeros_like(flat))
+    zero_optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in module.named_parameters():
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            continue
+        start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+        state = {"master": mapping.get_hp_fragment().detach()}
+        state |= {kind: mapping.get_hp_fragment(optim_state_key=kind) for kind in ("exp_avg", "exp_avg_sq")}
+        yield Fragment(name, start, state, start, length)
+
+
+def set_adam_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Adam's bias correction counts applied steps; the count is one for all parameters."""
+    for moments in optimizer.state.values():
+        moments["step"].fill_(float(step))

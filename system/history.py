@@ -1,0 +1,207 @@
+"""What happened in a run, read from its event log and from nothing else.
+
+An attempt is one start of the trainer. A step can stand in the log several times: an attempt that was killed
+after step 130 and resumed from the checkpoint of step 100 trains 101-130 again. The newest attempt wins from
+its first step on; what older attempts did at or after that step is superseded: kept, marked, never drawn as
+if it counted.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.errors import Hang, MaskClipError, ObjectNotFound
+from cluster.events import read_events
+from cluster.store import ObjectStore
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    step: int
+    attempt: int
+    time: float
+    """Unix seconds."""
+    values: dict[str, Any]
+    """The scalars of the step: loss and its terms, lr, grad_norm, pairs_per_second, ..."""
+    live: bool
+    """False if a newer attempt trained this step, or an earlier one, again."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    number: int
+    start: float
+    end: float
+    """Time of its end, or of the last event that it left behind."""
+    reason: str | None
+    """Why its first rank ended; None if that rank left no end: it was killed, or it is still running."""
+    exit_code: int | None
+    """Of the first rank; None with `reason`."""
+    silent_ranks: tuple[int, ...]
+    """Ranks that left events and no end."""
+    first_step: int | None
+    last_step: int | None
+    superseded_steps: int
+    """Steps of this attempt that a newer one trained again."""
+    resumed_step: int | None
+    """Step of the checkpoint it went on from; None: from scratch."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """processes, zero_stage, precision and whatever else its start event says."""
+
+    @property
+    def killed(self) -> bool:
+        """A rank left no end, and no named error of the first rank explains it (70: it merely lost its peer).
+
+        For the newest attempt this can also mean that it is still running.
+        """
+        return bool(self.silent_ranks) and self.exit_code in (None, MaskClipError.exit_code, Hang.exit_code)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One thing that happened once: a checkpoint, a refused step, an incident or an evaluation."""
+
+    name: str
+    """Name of its event."""
+    time: float
+    attempt: int
+    step: int
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class History:
+    uri: str
+    attempts: tuple[Attempt, ...]
+    steps: tuple[StepRecord, ...]
+    """Sorted by step, then attempt."""
+    checkpoints: tuple[Mark, ...]
+    """facts: seconds, bytes."""
+    refusals: tuple[Mark, ...]
+    """facts: reason."""
+    incidents: tuple[Mark, ...]
+    """Checkpoints that could not be written or were set aside as damaged, events that were lost."""
+    evaluations: tuple[Mark, ...]
+    """facts: tower, data, file and the headline numbers."""
+    skipped_events: int
+    """Torn or unreadable lines of the log."""
+
+    @property
+    def live_steps(self) -> tuple[StepRecord, ...]:
+        return tuple(record for record in self.steps if record.live)
+
+    @property
+    def superseded_steps(self) -> tuple[StepRecord, ...]:
+        return tuple(record for record in self.steps if not record.live)
+
+    @property
+    def last_step(self) -> int | None:
+        return max((record.step for record in self.steps if record.live), default=None)
+
+    def series(self, name: str) -> list[tuple[int, float]]:
+        """(step, value) of a live scalar, in step order; steps that lack it are left out."""
+        return [
+            (record.step, float(record.values[name])) for record in self.live_steps if name in record.values
+        ]
+
+
+def load_history(run: ObjectStore) -> History:
+    """Read the events of a run folder.
+
+    Raises:
+        ObjectNotFound: there is no run (neither events nor a config.json).
+    """
+    events = read_events(run)
+    if not events and not run.exists("config.json"):
+        raise ObjectNotFound(
+            f"{run.uri}: there is no run here (no config.json, no events); check the path of the run"
+        )
+    return build_history(run.uri, events)
+
+
+def build_history(uri: str, events: Iterable[dict]) -> History:
+    """Pure part of `load_history`; `events` are sorted by (attempt, t, seq)."""
+    events = list(events)
+    by_attempt: dict[int, list[dict]] = {}
+    for event in events:
+        if event.get("attempt", 0) > 0:
+            by_attempt.setdefault(event["attempt"], []).append(event)
+    raw_steps = {
+        (event["attempt"], event["step"]): event
+        for event in events
+        if event.get("attempt", 0) > 0
+        and event["kind"] == "scalar"
+        and event["name"] == "step"
+        and event["rank"] == 0
+    }
+    steps = _mark_superseded(raw_steps)
+    steps_of: dict[int, list[StepRecord]] = {number: [] for number in by_attempt}
+    for record in steps:
+        steps_of[record.attempt].append(record)
+    return History(
+        uri=uri,
+        attempts=tuple(
+            _attempt(number, by_attempt[number], steps_of[number]) for number in sorted(by_attempt)
+        ),
+        steps=steps,
+        checkpoints=_marks(events, "checkpoint_committed"),
+        refusals=_marks(events, "step_refused"),
+        incidents=_marks(events, "checkpoint_failed", "checkpoint_quarantined", "events_dropped"),
+        evaluations=_marks(events, "evaluation"),
+        skipped_events=sum(
+            event.get("count", 0) for event in events if event.get("name") == "events_skipped"
+        ),
+    )
+
+
+_ENVELOPE = frozenset({"t", "attempt", "rank", "seq", "kind", "name", "step"})
+
+
+def _facts(event: dict) -> dict[str, Any]:
+    return {key: value for key, value in event.items() if key not in _ENVELOPE}
+
+
+def _mark_superseded(raw_steps: dict[tuple[int, int], dict]) -> tuple[StepRecord, ...]:
+    first_step: dict[int, int] = {}
+    for attempt, step in raw_steps:
+        first_step[attempt] = min(step, first_step.get(attempt, step))
+    # An attempt's steps count up to the first step of any newer attempt: one pass from the newest back.
+    limit: dict[int, float] = {}
+    bound = float("inf")
+    for attempt in sorted(first_step, reverse=True):
+        limit[attempt] = bound
+        bound = min(bound, first_step[attempt])
+    records = [
+        StepRecord(step, attempt, event["t"], _facts(event), live=step < limit[attempt])
+        for (attempt, step), event in raw_steps.items()
+    ]
+    return tuple(sorted(records, key=lambda record: (record.step, record.attempt)))
+
+
+def _attempt(number: int, events: list[dict], own: list[StepRecord]) -> Attempt:
+    starts = {event["rank"]: event for event in events if event["name"] == "attempt_started"}
+    ends = {event["rank"]: event for event in events if event["name"] == "attempt_ended"}
+    facts = _facts(starts[0]) if 0 in starts else {}
+    ended = ends.get(0, {})
+    return Attempt(
+        number=number,
+        start=min(event["t"] for event in events),
+        end=ended["t"] if ended else max(event["t"] for event in events),
+        reason=str(ended["reason"]) if ended else None,
+        exit_code=int(ended["exit_code"]) if ended else None,
+        silent_ranks=tuple(sorted({event["rank"] for event in events} - ends.keys())),
+        first_step=own[0].step if own else None,
+        last_step=own[-1].step if own else None,
+        superseded_steps=sum(not record.live for record in own),
+        resumed_step=facts.pop("resumed_step", None),
+        facts=facts,
+    )
+
+
+def _marks(events: list[dict], *names: str) -> tuple[Mark, ...]:
+    marks = [
+        Mark(event["name"], event["t"], event["attempt"], event.get("step", 0), _facts(event))
+        for event in events
+        if event["kind"] == "instant" and event["name"] in names
+    ]
+    return tuple(sorted(marks, key=lambda mark: mark.time))

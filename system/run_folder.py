@@ -1,0 +1,53 @@
+"""The run folder's own record: what makes a run the run that it is."""
+
+import json
+from typing import Any
+
+from cluster.errors import CheckpointIncompatible, ManifestMismatch, ObjectNotFound
+from cluster.store import ObjectStore
+from system.config import TrainConfig, digest, identity, to_dict, validate
+
+RECORD = "config.json"
+
+
+def describe_run(config: TrainConfig, dataset_digest: str) -> dict[str, Any]:
+    """What `config.json` and every checkpoint manifest say about the run."""
+    return {
+        "config": to_dict(config),
+        "identity": digest(identity(config)),
+        "dataset": dataset_digest,
+    }
+
+
+def claim_run(run: ObjectStore, config: TrainConfig, dataset_digest: str) -> None:
+    """Write the record of a new run, or check that this is the same run.
+
+    Raises:
+        ManifestMismatch: the data set is not the one that the run began with.
+        CheckpointIncompatible: a key of the run's identity differs.
+    """
+    description = describe_run(config, dataset_digest)
+    if run.put_if_absent(RECORD, json.dumps(description, indent=1, sort_keys=True).encode()):
+        return
+    known = json.loads(run.get(RECORD))
+    if known["dataset"] != dataset_digest:
+        raise ManifestMismatch(
+            f"{run.uri}: this run began on the data set with manifest digest {known['dataset'][:12]}, "
+            f"{config.data.uri} has {dataset_digest[:12]}; give the same data set or a new run.uri"
+        )
+    if known["identity"] != description["identity"]:
+        before, now = identity(validate(TrainConfig, known["config"], f"{run.uri}/{RECORD}")), identity(config)
+        differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        changes = ", ".join(f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in differing)
+        raise CheckpointIncompatible(
+            f"{run.uri}: this run has another configuration: {changes}; keep these keys or choose a new run.uri"
+        )
+
+
+def load_run_config(run: ObjectStore) -> TrainConfig:
+    """The configuration that the run began with. Raises ObjectNotFound when `run` is no run folder."""
+    try:
+        record = run.get(RECORD)
+    except ObjectNotFound:
+        raise ObjectNotFound(f"{run.uri}: no {RECORD}, so this is not a run folder; correct the URI") from None
+    return validate(TrainConfig, json.loads(record)["config"], f"{run.uri}/{RECORD}")

@@ -1,0 +1,159 @@
+"""The training loop and the step.
+
+A step commits as a whole: student, optimizer, teacher and the step counter (which is the data position and drives every schedule)
+advance together or not at all. A refused step is counted, logged and tried again with the same samples, which have the same masks;
+after `engine.max_refused_steps` refusals in a row the attempt ends.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cluster.errors import Interrupted, NonFinite, Preempted, StorageUnavailable
+from cluster.events import EventLog
+from cluster.stop import StopRequest
+from data_pipeline.loader import Batch
+from model.losses import Collectives
+from model.objective import Output
+from system.agreement import Verdict, agree
+from system.checkpointer import Checkpointer
+from system.config import TrainConfig
+from system.console import Console
+from system.engine import Engine, StepOutcome
+from system.schedules import Scheduled, at
+from system.teacher_state import ShardedTeacher
+
+
+class Trainer:
+    def __init__(
+        self,
+        config: TrainConfig,
+        engine: Engine,
+        teacher: ShardedTeacher,
+        comm: Collectives,
+        checkpointer: Checkpointer,
+        events: EventLog,
+        console: Console,
+        stop: StopRequest,
+    ) -> None:
+        self.config = config
+        self.engine, self.teacher, self.comm = engine, teacher, comm
+        self.checkpointer, self.events, self.console, self.stop = checkpointer, events, console, stop
+        self.steps_done = 0
+        self.refused_steps = 0
+
+    def resume(self) -> int | None:
+        """Restore the newest checkpoint. Returns the step resumed from, None for a new run."""
+        restored = self.checkpointer.restore()
+        self.steps_done = restored.step
+        self.refused_steps = restored.meta.get("refused_steps", 0)
+        return restored.step or None
+
+    def fit(self, batches: Iterator[Batch]) -> None:
+        """Train to `run.steps`; `batches` begins at slot steps_done * global_batch.
+
+        Raises:
+            Interrupted, Preempted: asked to stop; the state is committed.
+            NonFinite: too many refused steps in a row.
+            StorageUnavailable: the last checkpoint could not be committed.
+        """
+        last_saved, waiting = self.steps_done, time.perf_counter()
+        for batch in batches:
+            data_seconds = time.perf_counter() - waiting
+            verdict = self.step_until_applied(batch, data_seconds)
+            stopping = verdict.interrupted or verdict.preempted
+            if stopping or self.steps_done % self.config.checkpoint.every_steps == 0:
+                last_saved = self.steps_done if self.save() else last_saved
+            if stopping:
+                kind = Interrupted if verdict.interrupted else Preempted
+                raise kind(
+                    f"stopped at step {self.steps_done}, checkpoint at step {last_saved}; run the same command to go on"
+                )
+            waiting = time.perf_counter()
+        if last_saved != self.steps_done and not self.save():
+            raise StorageUnavailable(
+                f"{self.config.run.uri}: the last checkpoint (step {self.steps_done}) could not be committed; "
+                "run the same command again when the store is back"
+            )
+
+    def step_until_applied(self, batch: Batch, data_seconds: float) -> Verdict:
+        for _ in range(self.config.engine.max_refused_steps):
+            verdict, applied = self.step(batch, data_seconds)
+            if applied:
+                return verdict
+            data_seconds = 0.0
+        slot = self.steps_done * self.config.data.global_batch
+        raise NonFinite(
+            f"step {self.steps_done} was refused {self.config.engine.max_refused_steps} times in a row (slots {slot} to "
+            f"{slot + self.config.data.global_batch - 1}): loss or gradient not finite; lower optimizer.lr or look at these samples"
+        )
+
+    def step(self, batch: Batch, data_seconds: float) -> tuple[Verdict, bool]:
+        """Forward, agree, backward, apply, teacher: one step of the run, or one counted refusal."""
+        started = time.perf_counter()
+        batch = {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in batch.items()}
+        scheduled = at(self.steps_done, self.config)
+        output = self.engine.forward(
+            batch, teacher=self.teacher.module, teacher_temperature=scheduled.teacher_temperature, comm=self.comm
+        )
+        verdict = agree(output.loss, batch, self.stop.reason)
+        outcome = StepOutcome(False, float("nan"))
+        if not verdict.non_finite_ranks:
+            outcome = self.engine.step(output.loss, scheduled.lr)
+        if outcome.applied:
+            self.teacher.update(scheduled.momentum, output.centre_K, self.config.model.distill.centre_momentum)
+            self.steps_done += 1
+            self.record(output, verdict, outcome, scheduled, data_seconds, time.perf_counter() - started)
+        else:
+            self.refuse(verdict, outcome)
+        return verdict, outcome.applied
+
+    def refuse(self, verdict: Verdict, outcome: StepOutcome) -> None:
+        self.refused_steps += 1
+        where = f"loss on {verdict.non_finite_ranks} ranks" if verdict.non_finite_ranks else "gradient"
+        if dist.get_rank() == 0:
+            self.events.instant("step_refused", step=self.steps_done, reason=f"non-finite {where}")
+            self.console.warn(f"step {self.steps_done} refused: non-finite {where} (norm {outcome.grad_norm})")
+
+    def save(self) -> bool:
+        batch = self.config.data.global_batch
+        meta: dict[str, Any] = {
+            "slot": self.steps_done * batch,
+            "samples_seen": self.steps_done * batch,
+            "refused_steps": self.refused_steps,
+        }
+        committed = self.checkpointer.save(self.steps_done, meta)
+        if not committed and dist.get_rank() == 0:
+            self.console.warn(f"checkpoint at step {self.steps_done} failed, training goes on; see the event log")
+        return committed
+
+    def record(
+        self,
+        output: Output,
+        verdict: Verdict,
+        outcome: StepOutcome,
+        scheduled: Scheduled,
+        data_seconds: float,
+        step_seconds: float,
+    ) -> None:
+        """One scalar event per applied step; `step` counts applied steps, so the first is 1."""
+        if dist.get_rank() != 0:
+            return
+        named = {"loss": output.total, **output.terms, **output.metrics}
+        values = dict(zip(named, torch.stack([value.reshape(()) for value in named.values()]).tolist(), strict=True))
+        batch = self.config.data.global_batch
+        values |= {
+            "lr": scheduled.lr,
+            "teacher_momentum": scheduled.momentum,
+            "grad_norm": outcome.grad_norm,
+            "pairs_per_second": batch / (step_seconds + data_seconds),
+            "data_seconds": data_seconds,
+            "step_seconds": step_seconds,
+        }
+        self.events.scalar(
+            self.steps_done, slot=(self.steps_done - 1) * batch, ids_digest=verdict.ids_digest, **values
+        )
+        self.console.step(self.steps_done, values)

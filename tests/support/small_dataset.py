@@ -1,0 +1,65 @@
+"""Committed data sets of small pictures, written by the shard writer and the manifest that real ones come
+from."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cluster.manifest import Manifest, commit, file_entry
+from cluster.store import open_store
+from data_pipeline.records import DATASET_KIND, DATASET_VERSION, Sample, sample_id, shard_names
+from data_pipeline.shard_writer import write_shard
+
+
+def picture(number: int, width: int = 48, height: int = 40) -> bytes:
+    """A JPEG that shows its number: smooth colours, different for each."""
+    rng = np.random.default_rng(number)
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), "RGB")
+    out = io.BytesIO()
+    coarse.resize((width, height), Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def sample(number: int, width: int = 48, height: int = 40) -> Sample:
+    return Sample(
+        id=sample_id(f"small/{number:05d}"),
+        key=f"{number:05d}",
+        source=f"small/{number:05d}",
+        image=picture(number, width, height),
+        extension="jpg",
+        caption=f"picture number {number}",
+        width=width,
+        height=height,
+    )
+
+
+def write_dataset(uri: str, shard_sizes: Sequence[int]) -> None:
+    """Commit a data set with these numbers of samples at `uri`; sample k in stored order has the key k."""
+    store = open_store(uri)
+    files, shards, first = [], [], 0
+    with tempfile.TemporaryDirectory() as name:
+        for shard, size in enumerate(shard_sizes):
+            tar, index = (Path(name, part) for part in shard_names(shard))
+            info = write_shard((sample(first + k) for k in range(size)), tar, index)
+            first += size
+            shards.append(vars(info))
+            for path in (tar, index):
+                files.append(file_entry(path, path.name))
+                store.put_file(path.name, path)
+    meta = {"shards": shards, "recipe": {}, "counts": {"rows_in": first, "kept": first, "rejected": 0}}
+    commit(store, Manifest(DATASET_KIND, DATASET_VERSION, tuple(files), meta))
+
+
+def flip_byte(path: Path, offset: int) -> None:
+    """Damage one byte of a file in place."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0xFF]))

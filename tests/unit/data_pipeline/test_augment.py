@@ -1,0 +1,105 @@
+"""Laws of the views: pure functions of their keys, inside their bounds, and what Pillow would show."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, UnidentifiedImageError
+
+from data_pipeline.augment import AugmentConfig, crop_box, eval_view, train_view
+from tests.support.small_dataset import picture
+
+CFG = AugmentConfig(image_size=32)
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind)
+    return out.getvalue()
+
+
+def test_a_view_is_a_function_of_seed_epoch_and_id() -> None:
+    image = picture(3)
+    views = {
+        key: train_view(image, *key, CFG).tobytes()
+        for key in [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)]  # id, epoch, seed
+    }
+    assert len(set(views.values())) == 4
+    for key in reversed(views):
+        assert train_view(image, *key, CFG).tobytes() == views[key]
+
+
+@given(
+    width=st.integers(1, 3000),
+    height=st.integers(1, 3000),
+    sample=st.integers(0, 2**63 - 1),
+    epoch=st.integers(0, 10**6),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_crop_lies_inside_the_image(width: int, height: int, sample: int, epoch: int) -> None:
+    box = crop_box(width, height, sample=sample, epoch=epoch, seed=0, cfg=CFG)
+    assert 0 <= box.left < box.right <= width
+    assert 0 <= box.top < box.bottom <= height
+
+
+def test_crops_fill_their_bounds_and_only_them() -> None:
+    boxes = [crop_box(1000, 1000, sample=k, epoch=0, seed=0, cfg=CFG) for k in range(4000)]
+    left, top, right, bottom = np.array(boxes).T
+    area = (right - left) * (bottom - top) / 1e6
+    ratio = (right - left) / (bottom - top)
+    assert 0.498 < area.min() < 0.51
+    assert area.max() <= 1
+    assert 0.745 < ratio.min() < 0.76
+    assert 1.31 < ratio.max() < 1.34
+    # Where a crop can lie, it lies with equal chance: the middle of left / room is a half.
+    assert np.mean(left / np.maximum(1000 - (right - left), 1)) == pytest.approx(0.5, abs=0.02)
+    assert np.mean(top / np.maximum(1000 - (bottom - top), 1)) == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_crop_that_never_fits_is_the_centre() -> None:
+    cfg = AugmentConfig(image_size=32, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    assert crop_box(100, 60, sample=1, epoch=0, seed=0, cfg=cfg) == (20, 0, 80, 60)
+    assert crop_box(60, 100, sample=1, epoch=0, seed=0, cfg=cfg) == (0, 20, 60, 80)
+
+
+def test_views_equal_a_plain_crop_and_resize() -> None:
+    """Without a scaled decode (a PNG has none) a view is exactly Pillow's bicubic resize of the box."""
+    image = Image.open(io.BytesIO(picture(1, 120, 90)))
+    box = crop_box(120, 90, sample=5, epoch=2, seed=7, cfg=CFG)
+    plain = image.resize((32, 32), Image.Resampling.BICUBIC, box=box)
+    assert np.array_equal(train_view(encoded(image), 5, 2, 7, CFG), np.asarray(plain))
+    centre = image.resize((32, 32), Image.Resampling.BICUBIC, box=(15, 0, 105, 90))
+    assert np.array_equal(eval_view(encoded(image), 32), np.asarray(centre))
+
+
+@pytest.mark.parametrize("size", [(1024, 768), (515, 1333), (65, 64)])
+def test_the_scaled_decode_shows_the_same_picture(size: tuple[int, int]) -> None:
+    jpeg = picture(2, *size)
+    exact = encoded(Image.open(io.BytesIO(jpeg)))
+    for fast, slow in [
+        (eval_view(jpeg, 32), eval_view(exact, 32)),
+        (train_view(jpeg, 1, 0, 0, CFG), train_view(exact, 1, 0, 0, CFG)),
+    ]:
+        assert np.mean(np.abs(fast.astype(int) - slow.astype(int))) < 2
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_every_mode_becomes_three_channels(mode: str) -> None:
+    image = Image.open(io.BytesIO(picture(4))).convert(mode)
+    view = eval_view(encoded(image, "TIFF" if mode == "CMYK" else "PNG"), 24)
+    assert view.shape == (24, 24, 3)
+    assert view.dtype == np.uint8
+
+
+def test_what_is_no_image_or_no_setting_is_refused() -> None:
+    with pytest.raises(UnidentifiedImageError):
+        eval_view(b"not an image", 32)
+    with pytest.raises(OSError, match="truncated"):
+        eval_view(picture(1, 400, 300)[:-2000], 32)
+    for wrong in ({"image_size": 0}, {"scale": (0.0, 1.0)}, {"scale": (0.5, 1.1)}, {"ratio": (2.0, 1.0)}):
+        with pytest.raises(ValueError, match="set it to"):
+            AugmentConfig(**wrong)

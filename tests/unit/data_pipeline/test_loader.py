@@ -1,0 +1,229 @@
+"""Laws of the loader: batches depend on the step alone, not on ranks, workers or resumes; errors and stops
+are clean."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.errors import DataError, ManifestMismatch, ShardCorrupt
+from cluster.store import open_store
+from data_pipeline.augment import AugmentConfig, train_view
+from data_pipeline.loader import Batch, Loader, LoaderConfig, eval_batches
+from data_pipeline.order import OrderConfig, SampleOrder
+from data_pipeline.records import sample_id
+from data_pipeline.tokenizer import Tokenizer
+from tests.support.small_dataset import flip_byte, picture, write_dataset
+
+SIZES = (11, 3, 20, 7)
+FIRST = np.cumsum([0, *SIZES])
+ORDER = OrderConfig(seed=5, streams=4, window_shards=2)
+AUGMENT = AugmentConfig(image_size=16)
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("set"))
+    write_dataset(folder, SIZES)
+    return folder
+
+
+def loader(
+    uri: str, rank: int = 0, world: int = 1, batch: int = BATCH, cache: str | None = None, workers: int = 0
+):
+    cfg = LoaderConfig(workers=workers, cache=cache, cache_bytes=10**9)
+    return Loader(uri, ORDER, AUGMENT, cfg, batch, rank, world)
+
+
+def joined(uri: str, world: int, steps: range, batch: int = BATCH) -> Batch:
+    """What all ranks get, in slot order, without the slots that only fill up."""
+    ranks = [list(loader(uri, rank, world, batch).batches(steps.start, steps.stop)) for rank in range(world)]
+    in_order = [part for parts in zip(*ranks, strict=True) for part in parts]
+    return {name: torch.cat([part[name][part["weight"] > 0] for part in in_order]) for name in in_order[0]}
+
+
+def assert_equal(left: Batch, right: Batch) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype
+        assert torch.equal(left[name], right[name]), name
+
+
+def children() -> set[int]:
+    return {process.pid for process in multiprocessing.active_children() if process.pid is not None}
+
+
+def test_a_batch_holds_what_the_order_says(uri: str) -> None:
+    order = SampleOrder(SIZES, ORDER, BATCH)
+    tokenizer = Tokenizer()
+    for step, batch in zip(range(4, 7), loader(uri).batches(4, 7), strict=True):
+        slots = np.arange(step * BATCH, (step + 1) * BATCH)
+        epoch, shard, index = order.locate(slots)
+        numbers = FIRST[shard] + index
+        ids = [sample_id(f"small/{number:05d}") for number in numbers]
+        assert batch["slot"].tolist() == slots.tolist()
+        assert batch["epoch"].tolist() == epoch.tolist()
+        assert batch["id"].tolist() == ids
+        assert batch["weight"].tolist() == [1.0] * BATCH
+        tokens = tokenizer.encode([f"picture number {number}" for number in numbers])
+        assert batch["tokens"].tolist() == tokens.tolist()
+        for view, number, i, e in zip(batch["image"], numbers, ids, epoch, strict=True):
+            expected = train_view(picture(number), i, int(e), ORDER.seed, AUGMENT)
+            assert np.array_equal(view.permute(1, 2, 0).numpy(), expected)
+    assert batch["image"].shape == (BATCH, 3, 16, 16)
+    assert {name: t.dtype for name, t in batch.items()} == {
+        "image": torch.uint8,
+        "tokens": torch.int64,
+        "id": torch.int64,
+        "epoch": torch.int64,
+        "slot": torch.int64,
+        "weight": torch.float32,
+    }
+
+
+@pytest.mark.parametrize("world", [2, 3, 5, 8, 9])
+def test_any_world_size_gives_the_same_samples_and_views(uri: str, world: int) -> None:
+    steps = range(3, 9)  # crosses an epoch: 41 samples, batches of 8
+    whole = joined(uri, 1, steps)
+    assert_equal(joined(uri, world, steps), whole)
+    assert whole["slot"].tolist() == list(range(3 * BATCH, 9 * BATCH))
+
+
+def test_every_rank_gets_as_many_slots_and_fillers_weigh_nothing(uri: str) -> None:
+    for world, part, weights in [(3, 3, [[1, 1, 1], [1, 1, 1], [1, 1, 0]]), (5, 2, [[1, 1]] * 4 + [[0, 0]])]:
+        for rank in range(world):
+            (batch,) = loader(uri, rank, world).batches(2, 3)
+            assert len(batch["id"]) == part
+            assert batch["weight"].tolist() == weights[rank]
+            filler = batch["weight"] == 0
+            assert torch.all(batch["slot"][filler] == 3 * BATCH - 1)  # a sample of this batch, so it is
+            harmless
+
+
+def test_a_resume_is_the_tail_of_the_uninterrupted_run(uri: str) -> None:
+    whole = list(loader(uri).batches(0, 12))
+    for step in (1, 5, 11):
+        tail = list(loader(uri).batches(step, 12))
+        assert len(tail) == 12 - step
+        for left, right in zip(tail, whole[step:], strict=True):
+            assert_equal(left, right)
+    assert list(loader(uri).batches(12, 12)) == []
+
+
+def test_a_far_step_starts_at_once(uri: str) -> None:
+    far = 10**11
+    (batch,) = loader(uri).batches(far, far + 1)
+    assert batch["slot"][0] == far * BATCH
+    assert batch["epoch"][0] == far * BATCH // sum(SIZES)
+
+
+def test_remote_shards_and_two_workers_change_nothing(uri: str, s3_env: str, tmp_path: Path) -> None:
+    write_dataset(s3_env, SIZES)
+    remote = loader(s3_env, rank=1, world=3, cache=str(tmp_path), workers=2)
+    local = loader(uri, rank=1, world=3)
+    assert remote.manifest_digest == local.manifest_digest
+    assert remote.num_samples == sum(SIZES)
+    state = torch.random.get_rng_state()
+    for left, right in zip(remote.batches(2, 9), local.batches(2, 9), strict=True):
+        assert_equal(left, right)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.fixture
+def signals_at_birth() -> Iterator[None]:
+    """Sends SIGINT and SIGTERM to every worker as soon as there is one, and again a little later."""
+    done = threading.Event()
+
+    def send() -> None:
+        sent: dict[int, int] = {}
+        while not done.is_set():
+            for pid in children():
+                if sent.get(pid, 0) < 200:
+                    sent[pid] = sent.get(pid, 0) + 1
+                    for number in (signal.SIGINT, signal.SIGTERM):
+                        os.kill(pid, number)
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+
+
+@pytest.mark.usefixtures("signals_at_birth")
+def test_workers_outlive_stop_signals_and_end_when_closed(uri: str) -> None:
+    before = children()
+    batches = loader(uri, workers=1).batches(0, 1000)
+    for left, right in zip(batches, loader(uri).batches(0, 5), strict=False):
+        assert_equal(left, right)
+    assert len(children() - before) == 1
+    batches.close()  # type: ignore[attr-defined]
+    assert children() == before
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_sample_is_one_clean_error(tmp_path: Path, workers: int) -> None:
+    write_dataset(str(tmp_path), SIZES)
+    tar = tmp_path / "shard-000001.tar"
+    flip_byte(tar, 512 + 200)  # in the image of its first sample, 00011
+    before = children()
+    with pytest.raises(ShardCorrupt, match=r"shard-000001\.tar: the image of sample '00011'") as caught:
+        list(loader(str(tmp_path), workers=workers).batches(0, 6))
+    assert "\n" not in str(caught.value)
+    assert children() == before
+
+
+def test_a_data_set_replaced_under_a_run_is_noticed(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path), SIZES)
+    running = loader(str(tmp_path), workers=1)
+    open_store(str(tmp_path)).delete("manifest.json")
+    write_dataset(str(tmp_path), SIZES[::-1])
+    with pytest.raises(ManifestMismatch, match="replaced"):
+        next(running.batches(0, 1))
+
+
+def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.support.small_dataset.picture", lambda *_: b"\xff\xd8 no jpeg")
+    write_dataset(str(tmp_path), [4])
+    with pytest.raises(DataError, match=r"small/\d+: the stored image of sample '\d+' cannot be decoded"):
+        next(loader(str(tmp_path), batch=4).batches(0, 1))
+
+
+def test_what_goes_to_a_worker_is_small(uri: str) -> None:
+    assert len(pickle.dumps(loader(uri, workers=1)._spec)) < 1000
+
+
+def test_evaluation_reads_everything_in_stored_order(uri: str, s3_env: str) -> None:
+    batches = list(eval_batches(uri, 16, 12))
+    assert [len(batch["id"]) for batch in batches] == [12, 12, 12, 5]
+    assert torch.cat([batch["slot"] for batch in batches]).tolist() == list(range(41))
+    assert torch.cat([batch["id"] for batch in batches]).tolist() == [
+        sample_id(f"small/{number:05d}") for number in range(41)
+    ]
+    assert all(torch.all(batch["weight"] == 1) for batch in batches)
+    write_dataset(s3_env, SIZES)
+    for left, right in zip(eval_batches(s3_env, 16, 12), batches, strict=True):
+        assert_equal(left, right)
+
+
+def test_settings_that_make_no_sense_are_refused(uri: str) -> None:
+    with pytest.raises(ValueError, match="not a multiple of 4 streams"):
+        loader(uri, batch=10)
+    with pytest.raises(ValueError, match="rank 2 is not in a world of 2"):
+        loader(uri, rank=2, world=2)
+    with pytest.raises(ValueError, match="workers is -1"):
+        LoaderConfig(workers=-1)
+    with pytest.raises(ValueError, match="prefetch is 0"):
+        LoaderConfig(prefetch=0)

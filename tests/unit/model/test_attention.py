@@ -1,0 +1,60 @@
+"""Which kernel is chosen, and what is handed to it."""
+
+import pytest
+import torch
+
+from model.attention import attention, padding_bias, resolve_backend
+
+
+def inputs(
+    batch: int, length: int, heads: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, batch, length, heads, width, generator=generator)
+    return q, k, v
+
+
+def test_auto_is_sdpa_on_the_cpu():
+    assert resolve_backend("auto", "cpu") == "sdpa"
+    assert resolve_backend("sdpa", "cuda") == "sdpa"
+
+
+def test_what_is_asked_for_and_cannot_run_is_an_error():
+    with pytest.raises(RuntimeError, match=r"set model\.attention to auto or sdpa"):
+        resolve_backend("xformers", "cpu")
+    with pytest.raises(RuntimeError, match="xformers cannot run on cpu"):
+        attention(*inputs(1, 3, 2, 8), backend="xformers")
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "keys"])
+def test_attention_is_the_softmax_of_scaled_products(mask: str):
+    q, k, v = inputs(3, 7, 2, 8)
+    keys = torch.arange(7) < torch.tensor([7, 4, 1])[:, None]
+    hidden = torch.zeros(3, 1, 7, 7, dtype=torch.bool)
+    if mask == "causal":
+        hidden = torch.ones(7, 7, dtype=torch.bool).triu(1).expand(3, 1, 7, 7)
+    elif mask == "keys":
+        hidden = ~keys[:, None, None, :].expand(3, 1, 7, 7)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * 8**-0.5
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v.double())
+    out = attention(
+        q, k, v, backend="auto", causal=mask == "causal", keys_BL=keys if mask == "keys" else None
+    )
+    assert torch.allclose(out.double(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [8, 13])
+def test_xformers_takes_our_padding_bias(length: int):
+    """Its own checks, all that run without a GPU: only the device may be wrong."""
+    fmha = pytest.importorskip("xformers.ops.fmha")
+    q, k, v = (x.half() for x in inputs(2, length, 2, 16))
+    keys = torch.arange(length) < torch.tensor([length, 3])[:, None]
+    bias = padding_bias(keys, 2, length, q.dtype)
+    given = fmha.Inputs(query=q, key=k, value=v, attn_bias=bias)
+    given.validate_inputs()
+    for operator in (fmha.cutlass.FwOp, fmha.cutlass.BwOp):
+        reasons = [why for why in operator.not_supported_reasons(given) if not why.startswith("device=")]
+        assert reasons == []
+    assert torch.equal(bias[1, 1, 5] == 0, keys[1])
+    causal = fmha.Inputs(query=q, key=k, value=v, attn_bias=fmha.attn_bias.LowerTriangularMask())
+    causal.validate_inputs()

@@ -1,0 +1,150 @@
+"""Exports: what is in them, that they verify, that one is never overwritten; and the documented checkpoint format."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cluster.errors import CheckpointIncompatible, ManifestMismatch, ObjectNotFound
+from cluster.store import open_store
+from system.checkpoint import read_parameters
+from system.export import ExportConfig, export, load_export
+from tests.support.small_dataset import flip_byte, picture, write_dataset
+from tests.support.small_run import run_config, student_and_teacher, write_run
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("export")
+    write_dataset(str(folder / "data"), [5])
+    write_run(str(folder / "run"), str(folder / "data"))
+    return str(folder / "run")
+
+
+def code_block(text: str) -> str:
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 1
+    return blocks[0]
+
+
+def test_export_is_the_newest_checkpoint_without_the_branches_of_training(run: str, tmp_path: Path):
+    result = export(run, ExportConfig(output=str(tmp_path / "out")))
+    assert (result["step"], result["tower"], result["written"]) == (12, "student", True)
+    student, _ = student_and_teacher(run_config(run, ""), 12)
+    weights = load_file(tmp_path / "out/model.safetensors")
+    training = ("decoder.", "quantizer.", "text_decoder.", "mlm_head.")
+    assert weights.keys() == {name for name in student if not name.startswith(training)}
+    for name, weight in weights.items():
+        assert torch.equal(weight, student[name])
+
+
+def test_teacher_export_has_the_averaged_image_tower(run: str, tmp_path: Path):
+    export(run, ExportConfig(output=str(tmp_path / "out"), checkpoint=6, tower="teacher"))
+    student, teacher = student_and_teacher(run_config(run, ""), 6)
+    for name, weight in load_file(tmp_path / "out/model.safetensors").items():
+        assert torch.equal(weight, (teacher if name.startswith("vision.") else student)[name])
+
+
+def test_loaded_export_is_the_model_and_says_where_it_comes_from(run: str, tmp_path: Path):
+    result = export(run, ExportConfig(output=str(tmp_path)))
+    model, config = load_export(str(tmp_path))
+    assert not model.training
+    assert all(torch.equal(value, load_file(tmp_path / "model.safetensors")[n]) for n, value in model.state_dict().items())
+    assert config["provenance"]["step"] == 12
+    assert {config["provenance"][name] for name in ("checkpoint", "dataset")} == {result["checkpoint"], result["dataset"]}
+    assert config["preprocessing"]["image_size"] == model.config.vision.image_size
+    assert json.loads((tmp_path / "manifest.json").read_bytes())["kind"] == "export"
+
+
+def test_same_export_again_changes_nothing(run: str, tmp_path: Path):
+    first = export(run, ExportConfig(output=str(tmp_path)))
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    second = export(run, ExportConfig(output=str(tmp_path)))
+    assert (second["digest"], second["written"]) == (first["digest"], False)
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_another_export_is_refused_and_the_first_stays_whole(run: str, tmp_path: Path):
+    export(run, ExportConfig(output=str(tmp_path)))
+    with pytest.raises(ManifestMismatch, match=r"another committed export \(step 12, student"):
+        export(run, ExportConfig(output=str(tmp_path), checkpoint=6))
+    assert load_export(str(tmp_path))[1]["provenance"]["step"] == 12
+
+
+def test_a_folder_with_something_else_is_refused(run: str, tmp_path: Path):
+    write_dataset(str(tmp_path), [2])
+    with pytest.raises(ManifestMismatch, match="holds a dataset"):
+        export(run, ExportConfig(output=str(tmp_path)))
+
+
+def test_what_a_broken_export_left_is_no_export_and_is_replaced(run: str, tmp_path: Path):
+    (tmp_path / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(ObjectNotFound, match="not a committed export"):
+        load_export(str(tmp_path))
+    export(run, ExportConfig(output=str(tmp_path)))
+    load_export(str(tmp_path))
+
+
+def test_damaged_export_is_an_error(run: str, tmp_path: Path):
+    export(run, ExportConfig(output=str(tmp_path)))
+    flip_byte(tmp_path / "model.safetensors", 5000)
+    with pytest.raises(ManifestMismatch, match=r"model\.safetensors: sha256"):
+        load_export(str(tmp_path))
+
+
+def test_missing_run_and_missing_checkpoint_are_errors(run: str, tmp_path: Path):
+    with pytest.raises(ObjectNotFound, match="not a run folder"):
+        export(str(tmp_path / "nothing"), ExportConfig(output=str(tmp_path / "out")))
+    with pytest.raises(ObjectNotFound, match="no committed checkpoint at step 7; committed steps: 6, 12"):
+        export(run, ExportConfig(output=str(tmp_path / "out"), checkpoint=7))
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoint_of_another_model_is_an_error(run: str, tmp_path: Path):
+    store = open_store(run)
+    record = json.loads(store.get("config.json"))
+    record["config"]["model"]["embed_dim"] = 32
+    other = open_store(str(tmp_path / "run"))
+    for info in store.list():
+        other.put(info.key, store.get(info.key))
+    other.put("config.json", json.dumps(record).encode())
+    with pytest.raises(CheckpointIncompatible, match=r"image_projection\.weight has the shape"):
+        export(str(tmp_path / "run"), ExportConfig(output=str(tmp_path / "out")))
+
+
+def test_the_example_of_the_model_card_runs(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    export(run, ExportConfig(output=str(tmp_path)))
+    (tmp_path / "picture.jpg").write_bytes(picture(1))
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    code = code_block(card).replace("path/of/this/folder", str(tmp_path))
+    exec(compile(code.replace("picture.jpg", str(tmp_path / "picture.jpg")), "model card", "exec"), {})
+    assert "tensor([[" in capsys.readouterr().out
+
+
+def test_the_reader_of_the_documentation_reads_a_checkpoint(run: str):
+    code = code_block((ROOT / "docs/checkpoint-format.md").read_text(encoding="utf-8"))
+    assert len(code.splitlines()) < 60
+    names: dict = {}
+    exec(compile(code, "docs/checkpoint-format.md", "exec"), names)
+    for kind in ("master", "exp_avg", "teacher"):
+        theirs = names["read_checkpoint"](f"{run}/checkpoints/step-000000012", kind)
+        ours = read_parameters(open_store(run), 12, kind)
+        assert theirs.keys() == ours.keys()
+        assert all(np.array_equal(theirs[name], ours[name].numpy()) for name in ours)
+
+
+def test_the_reader_of_the_documentation_refuses_a_damaged_checkpoint(run: str, tmp_path: Path):
+    source = open_store(f"{run}/checkpoints/step-000000006")
+    for info in source.list():
+        (tmp_path / info.key).write_bytes(source.get(info.key))
+    flip_byte(tmp_path / "rank-00001.safetensors", 20_000)
+    names: dict = {}
+    exec(code_block((ROOT / "docs/checkpoint-format.md").read_text(encoding="utf-8")), names)
+    with pytest.raises(ValueError, match=r"rank-00001\.safetensors: is not what the manifest says"):
+        names["read_checkpoint"](str(tmp_path))
