@@ -51,8 +51,8 @@ def run_local(argv: list[str], processes: int, env: dict[str, str] | None) -> in
     with _passing_on_signals(children):
         try:
             for rank in range(processes):
-                child = _start(argv, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-                children.append(child)
+                children.append(_start(argv, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+            for child in children:
                 threading.Thread(target=lambda child=child: ended.put(child.wait()), daemon=True).start()
             return _wait(children, ended)
         finally:

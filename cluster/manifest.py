@@ -34,8 +34,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a committed folder holds: `kind` and `version` say how to read it, `meta` is the kind's own
-    JSON."""
+    """What a committed folder holds. `kind` and `version` say how to read it, `meta` belongs to the kind."""
 
     kind: str
     version: int
@@ -106,8 +105,10 @@ def load(store: ObjectStore, kind: str, version: int = 1) -> Manifest:
 
 
 def verify(store: ObjectStore, manifest: Manifest, deep: bool = True) -> list[str]:
-    """One line per file that is missing or has another size, or (`deep`) another checksum. Memory stays
-    bounded."""
+    """One line per file that is missing or has another size, or (`deep`) another checksum.
+
+    Files are read in pieces of 8 MiB, so memory stays bounded.
+    """
     sizes = dict(store.list())
     problems = []
     for entry in manifest.files:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+import socket
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -18,9 +19,9 @@ from ray.exceptions import RayError, RayTaskError
 from cluster.errors import ConfigError, MaskClipError
 
 _OBJECT_STORE_BYTES = 128 << 20
-_CANCEL_SECONDS = 10.0
-# Ray otherwise sends usage reports, and warns about a change of GPU visibility that CPU tasks do not care
-# about.
+_CANCEL_SECONDS = 3.0
+_PROBE_SECONDS = 10.0
+# Ray otherwise sends usage reports, and warns of a change in GPU visibility that no CPU task notices.
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 T = TypeVar("T")
@@ -28,11 +29,10 @@ T = TypeVar("T")
 
 @contextmanager
 def ray_session(num_cpus: int | None) -> Iterator[None]:
-    """Ray, for the length of a block: the cluster at RAY_ADDRESS if that is set, else a local one that ends
-    with the block.
+    """Ray for the length of a block: the cluster at RAY_ADDRESS if that is set, else a local one.
 
-    `num_cpus` is the size of a local cluster; None takes every core. A session that is already open is used
-    as it is. Raises ConfigError when nothing answers at RAY_ADDRESS.
+    A local one has `num_cpus` cores (None: all of them) and ends with the block. A session that is already
+    open is used as it is. Raises ConfigError when nothing answers at RAY_ADDRESS.
     """
     if ray.is_initialized():
         yield
@@ -42,18 +42,18 @@ def ray_session(num_cpus: int | None) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
+            _probe(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(
                 address="local",
-                _node_ip_address="127.0.0.1",
                 num_cpus=num_cpus,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-    except (ConnectionError, RayError, ValueError) as exc:
+    except (OSError, RayError, ValueError) as exc:
         where = f"RAY_ADDRESS={address}" if address else "local Ray"
         reason = " ".join(str(exc).split())
         raise ConfigError(
@@ -65,6 +65,13 @@ def ray_session(num_cpus: int | None) -> Iterator[None]:
         ray.shutdown()
 
 
+def _probe(address: str) -> None:
+    """OSError when nothing listens at `host:port`; Ray itself would try for minutes."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if separator and port.isdecimal():
+        socket.create_connection((host, int(port)), _PROBE_SECONDS).close()
+
+
 def run_bounded(
     fn: Callable[[Any], T],
     items: Iterable[Any],
@@ -72,7 +79,7 @@ def run_bounded(
     window: int,
     retries: int,
     num_cpus: float = 1.0,
-) -> Iterator[tuple[int, T]]:
+) -> Generator[tuple[int, T], None, None]:
     """Run `fn(item)` as Ray tasks and yield (index of the item, result) as they complete.
 
     At most `window` tasks are in flight, those done but not yet taken included, and `items` is read only as

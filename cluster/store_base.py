@@ -28,8 +28,7 @@ class StoreConfig:
     """How patient a store is."""
 
     deadline_seconds: float = 120.0
-    """Longest time of one attempt, after which it counts as failed; a large transfer gets more by its
-    size."""
+    """Longest time of one attempt, after which it has failed; large transfers get more, by size."""
     attempts: int = 5
     """Attempts of one operation, the first included."""
     backoff_seconds: float = 0.2
@@ -100,15 +99,13 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def put_file(self, key: str, path: Path) -> None:
-        """Write the object from a local file, in place of what was there. FileNotFoundError if `path` is
-        absent."""
+        """Write the object from a local file, in place of what was there; the file must exist."""
 
     @abstractmethod
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write the object only if there is none. Of any number of racing writers exactly one gets True.
+        """Write the object only if there is none: True if this call wrote it, False if it was there.
 
-        When an answer was lost and the second attempt finds the object there, it is ours if its bytes are
-        `data`; so claims that must be told apart need distinct contents.
+        Of any number of racing writers exactly one gets True, also when answers of the server are lost.
         """
 
     @abstractmethod

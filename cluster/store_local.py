@@ -91,7 +91,8 @@ class LocalStore(ObjectStore):
                 try:
                     os.link(temporary, target)
                 except FileExistsError:
-                    return False
+                    # A network mount may repeat a request that had succeeded: then the name there is ours.
+                    return target.samefile(temporary)
                 _sync_folder(target.parent)
             return True
 

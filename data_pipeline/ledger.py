@@ -69,9 +69,13 @@ def claim(store: ObjectStore, recipe: dict[str, Any]) -> None:
     """Make the folder belong to `recipe`, if it belongs to none.
 
     Raises:
-        ManifestMismatch: it holds the unfinished work of another recipe, whose shards have the same names.
+        ManifestMismatch: it holds shards that no recipe claims, or the unfinished work of another recipe.
     """
     data = canonical(recipe)
+    if store.list("shard-") and not store.exists(CLAIM):
+        raise ManifestMismatch(
+            f"{store.uri}: holds shards that were not made here; choose another output or move them away"
+        )
     if not store.put_if_absent(CLAIM, data) and store.get(CLAIM) != data:
         raise ManifestMismatch(
             f"{store.uri}: holds unfinished work of another recipe; delete it or choose another output"
@@ -89,18 +93,25 @@ def rows_name(digest: str, index: int) -> str:
 
 
 def finished(store: ObjectStore, digest: str, chunks: Sequence[Chunk]) -> dict[int, ChunkRecord]:
-    """Records of the chunks that need no work, by index. Records that hold no longer are deleted."""
+    """Records of the chunks that need no work, by index.
+
+    What other attempts left is deleted, so that nobody takes it for a part of the set: shards without a
+    record, and records whose input or files have changed.
+    """
     sizes = dict(store.list())
     done: dict[int, ChunkRecord] = {}
+    valid: set[str] = set()
     for chunk in chunks:
         name = record_name(digest, chunk.index)
         if name not in sizes:
             continue
         record = ChunkRecord.from_bytes(store.get(name))
-        whole = all(sizes.get(file.name) == file.size for file in (*record.files, record.rows))
-        if whole and record.belongs_to(chunk):
+        files = (*record.files, record.rows)
+        if record.belongs_to(chunk) and all(sizes.get(file.name) == file.size for file in files):
             done[chunk.index] = record
-        else:
+            valid.update((name, *(file.name for file in files)))
+    for name in sizes:
+        if name not in valid and name.startswith(("shard-", f"ledger/{digest[:12]}/")):
             store.delete(name)
     return done
 

@@ -7,7 +7,7 @@ share no state and draw nothing, so their number changes nothing and a resume at
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -173,7 +173,7 @@ class Loader:
         # Also made when workers will do the work: what is wrong with the settings shows here and now.
         self._maker = _BatchMaker(self._spec, dataset)
 
-    def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
+    def batches(self, first_step: int, last_step: int) -> Generator[Batch, None, None]:
         """The batches of steps first_step ... last_step - 1. Closing the iterator stops its workers.
 
         Raises, at the step concerned: ShardCorrupt and other DataErrors, StorageUnavailable.
@@ -213,7 +213,7 @@ class Loader:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def eval_batches(dataset_uri: str, image_size: int, batch: int) -> Iterator[Batch]:
+def eval_batches(dataset_uri: str, image_size: int, batch: int) -> Generator[Batch, None, None]:
     """Every sample once, in stored order: the centre of each image, weight 1, epoch 0.
 
     The last batch may be smaller. Runs in this process. Shards of a remote data set are held in a temporary

@@ -68,7 +68,7 @@ class SampleOrder:
         if global_batch < cfg.streams or global_batch % cfg.streams:
             raise ValueError(
                 f"global batch {global_batch} is not a multiple of {cfg.streams} streams: "
-                "change data.global_batch or data.order.streams"
+                "change data.global_batch or data.streams"
             )
         self.num_samples = int(self._sizes.sum())
         self.global_batch = global_batch

@@ -194,7 +194,7 @@ def _already_committed(store: ObjectStore, wanted: dict[str, Any], start: float)
     manifest = manifests.load(store, DATASET_KIND, DATASET_VERSION)
     for part, value in wanted.items():
         if manifest.meta.get(part) != value:
-            how = "by another recipe" if part == "recipe" else "from other input"
+            how = "by another recipe" if part == "recipe" else "from other input, or cut otherwise"
             raise ManifestMismatch(
                 f"{store.uri}: has a data set made {how}, which is never overwritten; choose another output"
             )
@@ -220,8 +220,8 @@ def _commit(
         rejects = file_entry(path, REJECTS_NAME)
     if not (rows_in == kept + rejected.total() and kept == len(ids) and rejected.total() == num_rejects):
         raise DataError(
-            f"{store.uri}: of {rows_in} rows {kept} were kept and {rejected.total()} rejected, but the ledger "
-            f"has {len(ids)} and {num_rejects}; delete the folder and run again"
+            f"{store.uri}: {rows_in} rows in, {kept} kept, {rejected.total()} rejected, but the ledger has "
+            f"{len(ids)} and {num_rejects}; delete the folder and run again"
         )
     _require_unique(store, ids)
     shards = [

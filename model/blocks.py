@@ -49,11 +49,21 @@ class Block(nn.Module):
     def forward(self, x_BLD: Tensor, causal: bool = False, keys_BL: Tensor | None = None) -> Tensor:
         """[B, L, D] -> [B, L, D]; `keys_BL` is True where a token may be seen."""
         batch, length, width = x_BLD.shape
-        qkv = self.attention_qkv(self.attention_norm(x_BLD))
+        qkv = F.linear(self.attention_norm(x_BLD), self.attention_qkv.weight, self._bias_without_keys())
         q_BLHD, k_BLHD, v_BLHD = qkv.view(batch, length, 3, self.heads, width // self.heads).unbind(2)
         seen = attention(q_BLHD, k_BLHD, v_BLHD, backend=self.backend, causal=causal, keys_BL=keys_BL)
         x_BLD = x_BLD + self.attention_out(seen.reshape(batch, length, width))
         return x_BLD + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x_BLD))))
+
+    def _bias_without_keys(self) -> Tensor:
+        """[3 D] with zeros for the keys: a bias on them shifts every score of a query alike, so softmax
+        ignores it.
+
+        Its true gradient is zero. Left in, Adam would drive it by rounding noise alone, at full speed, and
+        differently at every world size. The parameter keeps CLIP's layout.
+        """
+        query_D, key_D, value_D = self.attention_qkv.bias.chunk(3)
+        return torch.cat((query_D, torch.zeros_like(key_D), value_D))
 
 
 class Transformer(nn.Module):

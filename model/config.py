@@ -42,13 +42,13 @@ class VisionConfig:
     """Attention heads of each block."""
 
     def __post_init__(self) -> None:
-        _check_transformer("vision", self.width, self.layers, self.heads)
+        _check_transformer("model.vision", self.width, self.layers, self.heads)
         _require(
             self.patch_size >= 1
             and self.image_size >= 2 * self.patch_size
             and self.image_size % self.patch_size == 0,
             f"image_size {self.image_size} does not hold patches of {self.patch_size}: "
-            "set vision.image_size to a multiple (2 or more) of vision.patch_size",
+            "set model.vision.image_size to a multiple (2 or more) of model.vision.patch_size",
         )
 
     @property
@@ -73,14 +73,14 @@ class TextConfig:
     """Attention heads of each block."""
 
     def __post_init__(self) -> None:
-        _check_transformer("text", self.width, self.layers, self.heads)
+        _check_transformer("model.text", self.width, self.layers, self.heads)
         _require(
             self.context_length >= 3,
-            f"context_length {self.context_length} has no room for a word: set text.context_length to 3+",
+            f"context_length {self.context_length} holds no word: set model.text.context_length to 3+",
         )
         _require(
             self.vocab_size >= 4,
-            f"vocab_size {self.vocab_size} is too small: set text.vocab_size to 4 or more",
+            f"vocab_size {self.vocab_size} is too small: set model.text.vocab_size to 4 or more",
         )
 
     @property

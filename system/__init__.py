@@ -1,1 +1,2 @@
-"""The composition root of MaskCLIP's training system: configuration, engine, trainer, checkpoints, commands."""
+"""The composition root of MaskCLIP's training system: configuration, engine, trainer, checkpoints,
+commands."""

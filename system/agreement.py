@@ -12,7 +12,8 @@ T = TypeVar("T")
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 only and give its result, or its exception, to every rank: nobody is left waiting."""
+    """Run `work` on rank 0 only and give its result, or its exception, to every rank: nobody is left
+    waiting."""
     box: list = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -61,7 +62,8 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def state_digest(named: list[tuple[str, int, torch.Tensor]]) -> str:
-    """Hash over all ranks of fp32 runs (name, start, values [length]), each element counted once; free of topology."""
+    """Hash over all ranks of fp32 runs (name, start, values [length]), each element counted once; free of
+    topology."""
     total = torch.zeros((), dtype=torch.int64)
     for name, start, values in named:
         key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)

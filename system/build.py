@@ -69,14 +69,16 @@ def build_engine(config: TrainConfig, world: World) -> tuple[Engine, ShardedTeac
     if config.model.distill.weight > 0:
         teacher = Teacher(config.model)
         teacher.load_student(engine.objective)
-        teacher = teacher.to(engine.device, torch.bfloat16 if config.engine.precision == "bf16" else torch.float32)
+        teacher = teacher.to(
+            engine.device, torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        )
     return engine, ShardedTeacher(teacher, engine.fragments)
 
 
 @contextmanager
-def open_event_log(run: ObjectStore, world: World) -> Iterator[EventLog]:
+def open_event_log(run: ObjectStore, world: World, flush_seconds: float) -> Iterator[EventLog]:
     attempt = on_rank_zero(lambda: claim_attempt(run))
-    events = EventLog(run, attempt, world.rank)
+    events = EventLog(run, attempt, world.rank, flush_seconds)
     try:
         yield events
     finally:
@@ -84,13 +86,14 @@ def open_event_log(run: ObjectStore, world: World) -> Iterator[EventLog]:
 
 
 @contextmanager
-def build_trainer(config: TrainConfig, world: World, run: ObjectStore, events: EventLog) -> Iterator[tuple[Trainer, Loader]]:
+def build_trainer(
+    config: TrainConfig, world: World, run: ObjectStore, events: EventLog
+) -> Iterator[tuple[Trainer, Loader]]:
     """A trainer at step 0 and the loader that feeds it. Call `Trainer.resume` next."""
     loader = build_loader(config, world)
-    on_rank_zero(lambda: claim_run(run, config, loader.digest))
+    on_rank_zero(lambda: claim_run(run, config, loader.manifest_digest))
     engine, teacher = build_engine(config, world)
-    checkpointer = Checkpointer(run, engine, teacher, events, describe_run(config, loader.digest))
+    checkpointer = Checkpointer(run, engine, teacher, events, describe_run(config, loader.manifest_digest))
     with Console(config.run.steps, active=world.rank == 0) as console, StopRequest() as stop:
         comm = DistributedCollectives()
         yield Trainer(config, engine, teacher, comm, checkpointer, events, console, stop), loader
-

@@ -1,8 +1,9 @@
 """Reading checkpoints: which ones are committed, and any run of any parameter by byte range.
 
-Format (docs/checkpoint-format.md): ``checkpoints/step-000000200/`` holds ``rank-00000.safetensors`` files and a
-``manifest.json`` that was written last. A tensor ``<kind>/<parameter>/<start>`` is a flat fp32 run of the parameter from element
-`start`; kinds are master, exp_avg, exp_avg_sq and teacher. Nothing here knows how many ranks wrote it, or DeepSpeed.
+Format (docs/checkpoint-format.md): ``checkpoints/step-000000200/`` holds ``rank-00000.safetensors`` files
+and a ``manifest.json`` that was written last. A tensor ``<kind>/<parameter>/<start>`` is a flat fp32 run of
+the parameter from element `start`; kinds are master, exp_avg, exp_avg_sq and teacher. Nothing here knows
+how many ranks wrote it, or DeepSpeed.
 """
 
 import json
@@ -83,7 +84,9 @@ def newest_step(run: ObjectStore, step: int | None = None) -> int:
         return step
     steps = committed_steps(run)
     if not steps:
-        raise ObjectNotFound(f"{run.uri}: this run has no committed checkpoint; train it first or correct the URI")
+        raise ObjectNotFound(
+            f"{run.uri}: this run has no committed checkpoint; train it first or correct the URI"
+        )
     return steps[-1]
 
 
@@ -134,8 +137,8 @@ class FragmentReader:
                     wanted[piece.file].append((offset, 4 * (high - low), tensor[low - start : high - start]))
             if covered != length:
                 raise CheckpointIncompatible(
-                    f"{self._store.uri}: {kind} of {parameter} covers {covered} of the {length} elements from {start} "
-                    "that this model needs; resume with the model configuration that wrote the checkpoint"
+                    f"{self._store.uri}: {kind} of {parameter} covers {covered} of {length} elements "
+                    f"from {start}, which this model needs; resume with the model that wrote it"
                 )
         for file, ranges in wanted.items():
             self._fetch(file, sorted(ranges, key=lambda item: item[0]))
@@ -162,4 +165,3 @@ def read_parameters(run: ObjectStore, step: int, kind: Kind) -> dict[str, torch.
     sizes = [int(np.prod(reader.shapes[name], dtype=np.int64)) for name in names]
     flat = reader.read([(kind, name, 0, size) for name, size in zip(names, sizes, strict=True)])
     return {name: tensor.view(reader.shapes[name]) for name, tensor in zip(names, flat, strict=True)}
-

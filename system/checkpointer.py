@@ -1,7 +1,8 @@
-"""Writing checkpoints of a running job and restoring one into it; every function here is called by all ranks together.
+"""Writing checkpoints of a running job and restoring one into it; every function here is called by all
+ranks together.
 
-A save is committed by one conditional put of the manifest after every rank's file is in the store, so a kill at any moment leaves
-either the whole checkpoint or none. For now the step loop waits for it.
+A save is committed by one conditional put of the manifest after every rank's file is in the store, so a
+kill at any moment leaves either the whole checkpoint or none. For now the step loop waits for it.
 """
 
 import hashlib
@@ -46,7 +47,12 @@ class Restored:
 
 class Checkpointer:
     def __init__(
-        self, run: ObjectStore, engine: Engine, teacher: ShardedTeacher, events: EventLog, description: dict[str, Any]
+        self,
+        run: ObjectStore,
+        engine: Engine,
+        teacher: ShardedTeacher,
+        events: EventLog,
+        description: dict[str, Any],
     ) -> None:
         """
         Args:
@@ -59,7 +65,9 @@ class Checkpointer:
     def _saved_tensors(self) -> dict[str, torch.Tensor]:
         """The runs that this rank writes, as flat fp32 host copies."""
         tensors = {}
-        teacher = {f.parameter: master for f, master in zip(self._teacher.held, self._teacher.masters, strict=True)}
+        teacher = {
+            f.parameter: master for f, master in zip(self._teacher.held, self._teacher.masters, strict=True)
+        }
         for fragment in self._engine.fragments:
             kinds = dict(fragment.state)
             if fragment.parameter in teacher:
@@ -68,7 +76,9 @@ class Checkpointer:
             for kind, values in kinds.items():
                 run = values[first : first + fragment.saved_length]
                 if run.numel():
-                    tensors[f"{kind}/{fragment.parameter}/{fragment.saved_start}"] = run.detach().cpu().clone()
+                    tensors[f"{kind}/{fragment.parameter}/{fragment.saved_start}"] = (
+                        run.detach().cpu().clone()
+                    )
         if self._teacher.module is not None and dist.get_rank() == 0:
             tensors["/".join(map(str, CENTRE))] = self._teacher.module.centre.detach().cpu().clone()
         return tensors
@@ -85,7 +95,8 @@ class Checkpointer:
         return state_digest(masters + teachers)
 
     def save(self, step: int, meta: dict[str, Any]) -> bool:
-        """Write and commit the state after `step` applied steps. False, with an event, when the store refused it."""
+        """Write and commit the state after `step` applied steps. False, with an event, when the store
+        refused it."""
         started = time.monotonic()
         store = self._run.child(f"checkpoints/{step_folder(step)}")
         digest = self._digest()
@@ -98,7 +109,13 @@ class Checkpointer:
         dist.all_gather_object(parts, mine)
         problems = [part for part in parts if isinstance(part, str)]
         if not problems:
-            everything = {**self._description, **meta, "step": step, "state_digest": digest, "parameters": self._shapes}
+            everything = {
+                **self._description,
+                **meta,
+                "step": step,
+                "state_digest": digest,
+                "parameters": self._shapes,
+            }
             manifest = Manifest(KIND, VERSION, tuple(parts), everything)
             try:
                 on_rank_zero(lambda: commit(store, manifest))
@@ -123,10 +140,12 @@ class Checkpointer:
         return entry
 
     def restore(self) -> Restored:
-        """Fill the job from the newest checkpoint that verifies; damaged ones are set aside. Proves what it restored.
+        """Fill the job from the newest checkpoint that verifies; damaged ones are set aside. Proves what it
+        restored.
 
         Raises:
-            CheckpointIncompatible: the checkpoint does not fit this model, or the filled state is not what was saved.
+            CheckpointIncompatible: the checkpoint does not fit this model, or the filled state is not what
+            was saved.
         """
         step = on_rank_zero(self._newest_verified)
         if step is None:
@@ -181,8 +200,8 @@ class Checkpointer:
             self._quarantine(store, step, problems)
         if self._run.list("quarantine"):
             raise CheckpointIncompatible(
-                f"{self._run.uri}: every checkpoint of this run is damaged (see quarantine/), and starting again from "
-                "step 0 would hide that; put a copy back or choose a new run.uri"
+                f"{self._run.uri}: every checkpoint of this run is damaged (see quarantine/), and starting "
+                "again from step 0 would hide that; put a copy back or choose a new run.uri"
             )
         return None
 

@@ -33,7 +33,9 @@ def train_command(args: argparse.Namespace) -> Any:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="maskclip", description="Train MaskCLIP: data, training, evaluation, export, reports.")
+    parser = _Parser(
+        prog="maskclip", description="Train MaskCLIP: data, training, evaluation, export, reports."
+    )
     groups = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     def command(
@@ -48,14 +50,40 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(handler=handler)
 
     recipe, run = ("recipe", "path of a YAML recipe"), ("run", "run folder: local path or s3://bucket/prefix")
-    command(groups, "preprocess", commands.preprocess, "raw image-text tars or folders -> a committed data set", [recipe])
+    command(
+        groups,
+        "preprocess",
+        commands.preprocess,
+        "raw image-text tars or folders -> a committed data set",
+        [recipe],
+    )
     command(groups, "train", train_command, "train, or go on from the newest checkpoint", [recipe])
-    command(groups, "evaluate", commands.evaluate, "zero-shot classification and retrieval of a run's checkpoint", [run])
-    command(groups, "export", commands.export, "inference weights of a run's checkpoint as safetensors", [run])
+    command(
+        groups,
+        "evaluate",
+        commands.evaluate,
+        "zero-shot classification and retrieval of a run's checkpoint",
+        [run],
+    )
+    command(
+        groups, "export", commands.export, "inference weights of a run's checkpoint as safetensors", [run]
+    )
     command(groups, "report", commands.report, "self-contained HTML report of a run and a summary", [run])
     command(groups, "config", commands.show_config, "print a recipe as it would run, checked", [recipe])
-    command(groups, "doctor", commands.doctor, "check this machine, and a store if its URI is given", [("uri?", "store")])
-    command(groups, "demo", commands.demo, "the whole system on the emoji sample, with a kill and a resume", [("folder", "work")])
+    command(
+        groups,
+        "doctor",
+        commands.doctor,
+        "check this machine, and a store if its URI is given",
+        [("uri?", "store")],
+    )
+    command(
+        groups,
+        "demo",
+        commands.demo,
+        "the whole system on the emoji sample, with a kill and a resume",
+        [("folder", "work")],
+    )
 
     checkpoint = groups.add_parser("checkpoint", help="checkpoints of a run").add_subparsers(
         dest="action", required=True, metavar="ACTION", parser_class=_Parser

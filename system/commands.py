@@ -1,7 +1,7 @@
-"""What the commands do: each takes the parsed arguments and returns a `Result`, or raises an error of cluster.errors."""
+"""What the commands do: each takes the parsed arguments and returns a `Result`, or raises an error of
+cluster.errors."""
 
 import argparse
-import os
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +19,15 @@ from data_pipeline.catalog import dataset_stats as stats_of
 from data_pipeline.catalog import load_dataset, verify_dataset
 from data_pipeline.preprocess import PreprocessConfig, run_preprocess
 from system.checkpoint import committed_steps, load_checkpoint_meta, open_checkpoint
-from system.config import TrainConfig, apply_overrides, load_recipe, load_train_recipe, read_recipe, to_dict, validate
+from system.config import (
+    TrainConfig,
+    apply_overrides,
+    load_recipe,
+    load_train_recipe,
+    read_recipe,
+    to_dict,
+    validate,
+)
 from system.console import preprocess_progress
 from system.history import load_history
 
@@ -44,6 +52,7 @@ class ReportConfig:
 @dataclass(frozen=True, kw_only=True)
 class NoKnobs:
     """For commands without settings: any key is unknown."""
+
 
 @dataclass
 class _Rows:
@@ -78,7 +87,10 @@ def preprocess(args: Args) -> Result:
     with preprocess_progress() as progress:
         summary = asdict(run_preprocess(config, progress))
     rows = [(key, value) for key, value in summary.items()]
-    return Result({"output": config.output, **summary}, _Rows(f"data set {config.output}", ("what", "value"), rows).table())
+    return Result(
+        {"output": config.output, **summary},
+        _Rows(f"data set {config.output}", ("what", "value"), rows).table(),
+    )
 
 
 def train_config(recipe: str, overrides: list[str]) -> TrainConfig:
@@ -137,7 +149,9 @@ def show_config(args: Args) -> Result:
     kinds: dict[str, type] = {"train": TrainConfig, "preprocess": PreprocessConfig}
     command = read_recipe(args.recipe).get("command", "train")
     if command not in kinds:
-        raise ConfigError(f"{args.recipe}: command {command!r} is none of {', '.join(kinds)}; correct `command`")
+        raise ConfigError(
+            f"{args.recipe}: command {command!r} is none of {', '.join(kinds)}; correct `command`"
+        )
     config = (
         load_train_recipe(args.recipe, args.knobs)
         if command == "train"
@@ -168,9 +182,14 @@ def checkpoint_list(args: Args) -> Result:
     knobs(args, NoKnobs)
     run = open_store(args.run)
     metas = [load_checkpoint_meta(run, step) for step in committed_steps(run)]
-    data = [{"step": m.step, "slot": m.slot, "digest": m.digest, "state_digest": m.meta["state_digest"]} for m in metas]
+    data = [
+        {"step": m.step, "slot": m.slot, "digest": m.digest, "state_digest": m.meta["state_digest"]}
+        for m in metas
+    ]
     rows = [(m.step, m.slot, m.digest[:12], m.meta["state_digest"]) for m in metas]
-    return Result(data, _Rows(f"checkpoints of {args.run}", ("step", "slot", "manifest", "state"), rows).table())
+    return Result(
+        data, _Rows(f"checkpoints of {args.run}", ("step", "slot", "manifest", "state"), rows).table()
+    )
 
 
 def checkpoint_verify(args: Args) -> Result:
@@ -179,13 +198,18 @@ def checkpoint_verify(args: Args) -> Result:
     steps = committed_steps(run)
     problems = {step: verify(*open_checkpoint(run, step)) for step in steps}
     return _verdict(
-        {f"step {step}": found for step, found in problems.items()}, args.run, "checkpoint", CheckpointIncompatible.exit_code
+        {f"step {step}": found for step, found in problems.items()},
+        args.run,
+        "checkpoint",
+        CheckpointIncompatible.exit_code,
     )
 
 
 def dataset_verify(args: Args) -> Result:
     knobs(args, NoKnobs)
-    return _verdict({args.dataset: verify_dataset(args.dataset)}, args.dataset, "data set", DataError.exit_code)
+    return _verdict(
+        {args.dataset: verify_dataset(args.dataset)}, args.dataset, "data set", DataError.exit_code
+    )
 
 
 def dataset_stats(args: Args) -> Result:

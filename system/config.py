@@ -1,7 +1,7 @@
 """Typed, frozen configuration of a training run, and the way from a recipe to it.
 
-A recipe is YAML; knobs are ``key=value`` with dotted keys. Unknown keys, wrong types and impossible combinations are a
-`ConfigError` with the dotted path, before anything is allocated (design law 8).
+A recipe is YAML; knobs are ``key=value`` with dotted keys. Unknown keys, wrong types and impossible
+combinations are a `ConfigError` with the dotted path, before anything is allocated (design law 8).
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from model.config import ModelConfig, resolve
 FREE_KEYS = (
     "run.uri",
     "run.processes",
+    "run.event_seconds",
     "data.uri",
     "data.loader",
     "engine.zero_stage",
@@ -40,12 +41,14 @@ class RunConfig:
     """Optimizer steps of the whole run; the schedules end here."""
     processes: int = 1
     """Local processes that `maskclip train` starts (ignored under torchrun)."""
+    event_seconds: float = 5.0
+    """Events reach the store this often; a killed process loses at most so many seconds of them."""
     seed: int = 0
     """Keys the initial weights, the sample order, crops, masks and token corruption."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.processes < 1:
-            raise ValueError("steps and processes are at least 1; raise run.steps or run.processes")
+        if self.steps < 1 or self.processes < 1 or self.event_seconds <= 0:
+            raise ValueError("steps, processes and event_seconds are above 0; raise run.steps or the others")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +90,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """EMA teacher. The momentum range agrees with the authors' BootMAE; the paper's text for it was not seen."""
+    """EMA teacher. The momentum range agrees with the authors' BootMAE; the paper's text for it was not
+    seen."""
 
     momentum_start: float = 0.999
     momentum_end: float = 0.9999
@@ -186,7 +190,8 @@ def validate(kind: type[T], values: dict, where: str) -> T:
     """Build `kind` (a dataclass) from plain values.
 
     Raises:
-        ConfigError: unknown key, wrong type, missing key or impossible value; one line with every dotted path.
+        ConfigError: unknown key, wrong type, missing key or impossible value; one line with every dotted
+        path.
     """
     strict = with_config(ConfigDict(extra="forbid", strict=True))(kind)  # nested sections inherit it
     try:
@@ -214,7 +219,9 @@ def read_recipe(path: str) -> dict:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ConfigError(f"{path}: cannot read the recipe ({reason}); give the path of a YAML recipe") from None
+        raise ConfigError(
+            f"{path}: cannot read the recipe ({reason}); give the path of a YAML recipe"
+        ) from None
     values = _parse_yaml(text, path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe is a YAML mapping of sections; see configs/ for examples")
@@ -265,7 +272,9 @@ def flatten(values: dict, prefix: str = "") -> dict[str, Any]:
 def identity(config: TrainConfig) -> dict[str, Any]:
     """Dotted keys and values that must be the same in every attempt of a run."""
     flat = flatten(to_dict(config))
-    return {k: v for k, v in flat.items() if not any(k == free or k.startswith(free + ".") for free in FREE_KEYS)}
+    return {
+        k: v for k, v in flat.items() if not any(k == free or k.startswith(free + ".") for free in FREE_KEYS)
+    }
 
 
 def digest(values: dict) -> str:

@@ -1,4 +1,5 @@
-"""What a person sees of a training run: a live bar on a terminal, plain lines in a log file. Writes to stderr only."""
+"""What a person sees of a training run: a live bar on a terminal, plain lines in a log file. Writes to
+stderr only."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -48,9 +49,10 @@ class Console:
         self._rich.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
     def step(self, step: int, values: dict[str, float]) -> None:
+        waited = values["data_seconds"] / (values["data_seconds"] + values["step_seconds"])
         numbers = (
-            f"loss {values['loss']:.4f}  grad {values['grad_norm']:.2f}  {values['pairs_per_second']:.1f} pairs/s"
-            f"  data {100 * values['data_seconds'] / (values['data_seconds'] + values['step_seconds']):.0f} %"
+            f"loss {values['loss']:.4f}  grad {values['grad_norm']:.2f}  "
+            f"{values['pairs_per_second']:.1f} pairs/s  data {waited:.0%}"
         )
         if self._live:
             self._progress.update(self._task, completed=step, numbers=numbers)
@@ -62,7 +64,12 @@ class Console:
 @contextmanager
 def preprocess_progress() -> Iterator[Callable[[dict[str, Any]], None]]:
     """A bar over the chunks of a preprocess; hands out the function that takes its progress reports."""
-    columns = (TextColumn("preprocess"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
+    columns = (
+        TextColumn("preprocess"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
     with Progress(*columns, console=RichConsole(stderr=True), transient=False) as progress:
         task = progress.add_task("chunks", total=None, numbers="")
 

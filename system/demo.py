@@ -1,4 +1,5 @@
-"""`maskclip demo`: the main job on the emoji sample, with a kill -9 of the trainer midway, by the commands that a user runs.
+"""`maskclip demo`: the main job on the emoji sample, with a kill -9 of the trainer midway, by the commands
+that a user runs.
 
 Every step is a `maskclip` process of its own; this file starts them, kills one, and checks what came out.
 """
@@ -111,14 +112,17 @@ def _verdict(
     scores: dict[str, Any], run: Path, report: Path, export: Path, killed_at: int, seconds: float
 ) -> dict[str, Any]:
     retrieval = scores["retrieval"]["image_to_text"]
-    found, chance = retrieval["r5"], scores["retrieval"]["chance"]["r5"]
+    found, chance = retrieval["r5"], scores["retrieval"]["chance"]["image_to_text"]["r5"]
     events = read_events(open_store(str(run)))
     resumed = [e["resumed_step"] for e in events if e["name"] == "attempt_started" and e["resumed_step"]]
     if not resumed:
-        raise MaskClipError(f"demo: {run}: the second attempt did not resume from a checkpoint; see its events")
+        raise MaskClipError(
+            f"demo: {run}: the second attempt did not resume from a checkpoint; see its events"
+        )
     if found < TIMES_CHANCE * chance:
         raise MaskClipError(
-            f"demo: image-to-text R@5 on the unseen style is {found:.1%}, less than {TIMES_CHANCE:g} times chance ({chance:.1%})"
+            f"demo: image-to-text R@5 on the unseen style is {found:.1%}, "
+            f"less than {TIMES_CHANCE:g} times chance ({chance:.1%})"
         )
     return {
         "killed_after_step": killed_at,

@@ -10,8 +10,8 @@ def deepspeed_config(config: TrainConfig, local_batch: int, world_size: int) -> 
     Args:
         local_batch: samples that one rank computes per step, padding included.
 
-    The learning rate is set by the trainer before each step, so there is no scheduler section. DeepSpeed averages
-    gradients over ranks; the loss terms are scaled for that (model/losses.py).
+    The learning rate is set by the trainer before each step, so there is no scheduler section. DeepSpeed
+    averages gradients over ranks; the loss terms are scaled for that (model/losses.py).
     """
     bf16 = config.engine.precision == "bf16"
     return {

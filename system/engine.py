@@ -1,11 +1,12 @@
 """DeepSpeed at arm's length: the only module that knows its engine.
 
-Its surprises become plain facts here: whether a step was applied, what the global gradient norm was, which fragments of
-the state this rank holds.
+Its surprises become plain facts here: whether a step was applied, what the global gradient norm was, which
+fragments of the state this rank holds.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -31,6 +32,8 @@ class Engine:
 
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._stage = config.engine.zero_stage
+        self._engine: Any
+        self._optimizer: Any
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=objective,
             optimizer=build_optimizer(objective, config.optimizer),
@@ -38,7 +41,7 @@ class Engine:
             dist_init_required=False,
         )
         self.objective: Objective = self._engine.module
-        # DeepSpeed's wrappers hold the torch optimizer as `.optimizer`; in fp32 at stage 0 there is no wrapper.
+        # DeepSpeed's wrappers hold the torch optimizer; in fp32 at stage 0 there is no wrapper.
         self._adam = getattr(self._optimizer, "optimizer", self._optimizer)
         if self._stage == 0:
             masters = replicated_masters(self.objective, self._optimizer)
@@ -55,7 +58,8 @@ class Engine:
         return self._engine(batch, **how)
 
     def step(self, loss: torch.Tensor, lr: float) -> StepOutcome:
-        """Backward, reduce over ranks, and apply unless the global gradient is not finite (the same on every rank)."""
+        """Backward, reduce over ranks, and apply unless the global gradient is not finite (the same on
+        every rank)."""
         set_learning_rate(self._optimizer, lr)
         self._engine.backward(loss)
         norm = self._plain_grad_norm() if self._optimizer is self._adam else None
@@ -73,7 +77,8 @@ class Engine:
         return float(torch.nn.utils.get_total_norm(gradients))
 
     def finish_restore(self, step: int) -> None:
-        """After the fragments were filled: set Adam's counter, and refresh what computes from the fp32 masters."""
+        """After the fragments were filled: set Adam's counter, and refresh what computes from the fp32
+        masters."""
         set_adam_step(self._adam, step)
         if self._stage > 0:
             self._optimizer.update_lp_params()

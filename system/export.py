@@ -235,7 +235,7 @@ model, config = load_export("path/of/this/folder")
 pixels = eval_view(open("picture.jpg", "rb").read(), config["preprocessing"]["image_size"])
 tokens = Tokenizer().encode(["a dog", "a cat"], config["tokenizer"]["context_length"])
 with torch.no_grad():
-    image = model.encode_image(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+    image = model.encode_image(torch.tensor(pixels).permute(2, 0, 1)[None])
     texts = model.encode_text(torch.from_numpy(tokens))
 print(image @ texts.T)
 ```

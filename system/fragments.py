@@ -1,8 +1,10 @@
-"""Named parameter fragments: the topology-free view of what DeepSpeed partitions (design laws 4 and "Checkpoint").
+"""Named parameter fragments: the topology-free view of what DeepSpeed partitions (design laws 4 and
+"Checkpoint").
 
-A fragment is a run of consecutive elements of one parameter, flattened, with the fp32 master values and both Adam
-moments that this rank holds for it. Stages 1 and 2 give each rank its share; stage 0 keeps everything on every rank, and
-there each rank writes an equal share of every parameter, so that a checkpoint never holds an element twice.
+A fragment is a run of consecutive elements of one parameter, flattened, with the fp32 master values and
+both Adam moments that this rank holds for it. Stages 1 and 2 give each rank its share; stage 0 keeps
+everything on every rank, and there each rank writes an equal share of every parameter, so that a checkpoint
+never holds an element twice.
 """
 
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -32,9 +35,10 @@ class Fragment:
 def replicated_masters(module: nn.Module, optimizer) -> dict[str, torch.Tensor]:
     """ZeRO stage 0: parameter name -> its fp32 master, whole on every rank.
 
-    In fp32 `optimizer` is the plain torch one and the parameters are their own masters. In bf16 it is DeepSpeed's
-    FP16_UnfusedOptimizer, which allocates Adam's state by a step on zero gradients: that decays every weight once and makes Adam
-    count one step too many. Both are undone here, before the first real step.
+    In fp32 `optimizer` is the plain torch one and the parameters are their own masters. In bf16 it is
+    DeepSpeed's FP16_UnfusedOptimizer, which allocates Adam's state by a step on zero gradients: that decays
+    every weight once and makes Adam count one step too many. Both are undone here, before the first real
+    step.
     """
     parameters = dict(module.named_parameters())
     if isinstance(optimizer, torch.optim.Optimizer):
@@ -68,7 +72,8 @@ def replicated_fragments(
 def partitioned_fragments(module: nn.Module, zero_optimizer) -> Iterator[Fragment]:
     """ZeRO stages 1 and 2: the part of each parameter that lies in this rank's flat fp32 partition.
 
-    A fresh engine has no Adam state yet; it is created here, one flat tensor per group, as AdamW itself would.
+    A fresh engine has no Adam state yet; it is created here, one flat tensor per group, as AdamW itself
+    would.
     """
     inner = zero_optimizer.optimizer
     for flat in zero_optimizer.single_partition_of_fp32_groups:
@@ -78,7 +83,7 @@ def partitioned_fragments(module: nn.Module, zero_optimizer) -> Iterator[Fragmen
             moments.setdefault(kind, torch.zeros_like(flat))
     zero_optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in module.named_parameters():
-        mapping = parameter._hp_mapping
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # set by DeepSpeed
         if mapping is None:
             continue
         start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel

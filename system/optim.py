@@ -7,7 +7,8 @@ from system.config import OptimizerConfig
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """No weight decay on 1-d parameters: biases, norms and the logit scale (SLIP's rule; not stated in the paper)."""
+    """No weight decay on 1-d parameters: biases, norms and the logit scale (SLIP's rule; not stated in the
+    paper)."""
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for _, p in named if p.ndim > 1], "weight_decay": config.weight_decay},

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -78,7 +79,9 @@ def summarise(record: RunRecord) -> dict[str, Any]:
         "events_skipped": history.skipped_events,
         "training_seconds": sum(attempt.end - attempt.start for attempt in history.attempts),
         "pairs_per_second": median(speeds) if speeds else None,
-        "last": {name: value for name, value in last.items() if isinstance(value, int | float)},
+        "last": {
+            name: value for name, value in last.items() if isinstance(value, int | float) and isfinite(value)
+        },
         "attempts": [
             _attempt_row(attempt, newest=attempt is history.attempts[-1]) for attempt in history.attempts
         ],
@@ -236,6 +239,7 @@ def _attempt_row(attempt: Attempt, *, newest: bool) -> dict[str, Any]:
     level, outcome = _outcome(attempt, newest=newest)
     row = {key: value for key, value in asdict(attempt).items() if key != "facts"}
     facts = {name: attempt.facts.get(name) for name in ("processes", "zero_stage", "precision")}
+    row["silent_ranks"] = list(attempt.silent_ranks)
     return {**row, **facts, "seconds": attempt.end - attempt.start, "level": level, "outcome": outcome}
 
 

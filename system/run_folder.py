@@ -36,11 +36,15 @@ def claim_run(run: ObjectStore, config: TrainConfig, dataset_digest: str) -> Non
             f"{config.data.uri} has {dataset_digest[:12]}; give the same data set or a new run.uri"
         )
     if known["identity"] != description["identity"]:
-        before, now = identity(validate(TrainConfig, known["config"], f"{run.uri}/{RECORD}")), identity(config)
+        before, now = (
+            identity(validate(TrainConfig, known["config"], f"{run.uri}/{RECORD}")),
+            identity(config),
+        )
         differing = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         changes = ", ".join(f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in differing)
         raise CheckpointIncompatible(
-            f"{run.uri}: this run has another configuration: {changes}; keep these keys or choose a new run.uri"
+            f"{run.uri}: this run has another configuration: {changes}; "
+            "keep these keys or choose a new run.uri"
         )
 
 
@@ -49,5 +53,7 @@ def load_run_config(run: ObjectStore) -> TrainConfig:
     try:
         record = run.get(RECORD)
     except ObjectNotFound:
-        raise ObjectNotFound(f"{run.uri}: no {RECORD}, so this is not a run folder; correct the URI") from None
+        raise ObjectNotFound(
+            f"{run.uri}: no {RECORD}, so this is not a run folder; correct the URI"
+        ) from None
     return validate(TrainConfig, json.loads(record)["config"], f"{run.uri}/{RECORD}")

@@ -1,4 +1,5 @@
-"""Every schedule of a run as a pure function of the step, so that nothing of them needs saving (design, "The step")."""
+"""Every schedule of a run as a pure function of the step, so that nothing of them needs saving (design,
+"The step")."""
 
 import math
 from dataclasses import dataclass
@@ -16,8 +17,11 @@ class Scheduled:
     teacher_temperature: float
 
 
-def cosine_with_warmup(step: int, *, peak: float, start: float, final: float, warmup: int, total: int) -> float:
-    """Linear from `start` to `peak` over `warmup` steps, then half a cosine down to `final` (SLIP's recipe)."""
+def cosine_with_warmup(
+    step: int, *, peak: float, start: float, final: float, warmup: int, total: int
+) -> float:
+    """Linear from `start` to `peak` over `warmup` steps, then half a cosine down to `final` (SLIP's
+    recipe)."""
     if step < warmup:
         return start + (peak - start) * step / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -31,7 +35,12 @@ def linear(step: int, *, start: float, end: float, total: float) -> float:
 
 def at(step: int, config: TrainConfig) -> Scheduled:
     """Values for the step that starts after `step` applied steps (0 for the first)."""
-    optimizer, teacher, distill, total = config.optimizer, config.teacher, config.model.distill, config.run.steps
+    optimizer, teacher, distill, total = (
+        config.optimizer,
+        config.teacher,
+        config.model.distill,
+        config.run.steps,
+    )
     return Scheduled(
         lr=cosine_with_warmup(
             step,

@@ -1,8 +1,8 @@
 """The sharded EMA teacher: an fp32 master in fragments aligned with the optimizer's, and a compute copy.
 
-The master's update is local to each rank (one foreach lerp) and costs 4/W bytes a parameter at stages 1 and 2. The compute copy, in the
-training precision, is refreshed from it with one all-gather. An accumulator in bf16 would stall: at momentum 0.9999 the increment is
-below half an ulp (design, "The teacher").
+The master's update is local to each rank (one foreach lerp) and costs 4/W bytes a parameter at stages 1 and
+2. The compute copy, in the training precision, is refreshed from it with one all-gather. An accumulator in
+bf16 would stall: at momentum 0.9999 the increment is below half an ulp (design, "The teacher").
 """
 
 import torch
@@ -16,8 +16,8 @@ class ShardedTeacher:
     def __init__(self, teacher: Teacher | None, fragments: list[Fragment]) -> None:
         """
         Args:
-            teacher: compute copy on its device, in the training precision; its parameter names are the student's. None when
-                distillation is off: then there is nothing to keep.
+            teacher: compute copy on its device, in the training precision; its parameter names are the
+                student's. None when distillation is off: then there is nothing to keep.
             fragments: what this rank holds of the student.
         """
         self.module = teacher
@@ -34,7 +34,8 @@ class ShardedTeacher:
 
     @torch.no_grad()
     def update(self, momentum: float, centre_K: torch.Tensor | None, centre_momentum: float) -> None:
-        """One EMA step after an applied optimizer step: master <- master + (1 - momentum) * (student - master)."""
+        """One EMA step after an applied optimizer step: master <- master + (1 - momentum) * (student -
+        master)."""
         if self.module is None:
             return
         if self.masters:

@@ -10,7 +10,8 @@ from system.config import TrainConfig
 
 
 def train(config: TrainConfig) -> None:
-    """Train to the end, from the newest checkpoint if there is one. Every rank calls this; rank comes from the environment.
+    """Train to the end, from the newest checkpoint if there is one. Every rank calls this; rank comes from
+    the environment.
 
     Raises:
         MaskClipError: see `Trainer.fit`; also wrong configuration, data set or checkpoint.
@@ -18,7 +19,7 @@ def train(config: TrainConfig) -> None:
     world = World.from_env()
     with process_group(world):
         run = open_store(config.run.uri, config.store)
-        with open_event_log(run, world) as events:
+        with open_event_log(run, world, config.run.event_seconds) as events:
             reason, code = "finished", 0
             try:
                 with build_trainer(config, world, run, events) as (trainer, loader):

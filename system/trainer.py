@@ -1,8 +1,9 @@
 """The training loop and the step.
 
-A step commits as a whole: student, optimizer, teacher and the step counter (which is the data position and drives every schedule)
-advance together or not at all. A refused step is counted, logged and tried again with the same samples, which have the same masks;
-after `engine.max_refused_steps` refusals in a row the attempt ends.
+A step commits as a whole: student, optimizer, teacher and the step counter (which is the data position and
+drives every schedule) advance together or not at all. A refused step is counted, logged and tried again
+with the same samples, which have the same masks; after `engine.max_refused_steps` refusals in a row the
+attempt ends.
 """
 
 import time
@@ -70,12 +71,13 @@ class Trainer:
             if stopping:
                 kind = Interrupted if verdict.interrupted else Preempted
                 raise kind(
-                    f"stopped at step {self.steps_done}, checkpoint at step {last_saved}; run the same command to go on"
+                    f"stopped at step {self.steps_done}, checkpoint at step {last_saved}; "
+                    "run the same command to go on"
                 )
             waiting = time.perf_counter()
         if last_saved != self.steps_done and not self.save():
             raise StorageUnavailable(
-                f"{self.config.run.uri}: the last checkpoint (step {self.steps_done}) could not be committed; "
+                f"{self.config.run.uri}: the checkpoint of step {self.steps_done} could not be committed; "
                 "run the same command again when the store is back"
             )
 
@@ -85,10 +87,11 @@ class Trainer:
             if applied:
                 return verdict
             data_seconds = 0.0
-        slot = self.steps_done * self.config.data.global_batch
+        first = self.steps_done * self.config.data.global_batch
+        last = first + self.config.data.global_batch - 1
         raise NonFinite(
-            f"step {self.steps_done} was refused {self.config.engine.max_refused_steps} times in a row (slots {slot} to "
-            f"{slot + self.config.data.global_batch - 1}): loss or gradient not finite; lower optimizer.lr or look at these samples"
+            f"step {self.steps_done} was refused {self.config.engine.max_refused_steps} times running: "
+            f"loss or gradient not finite on slots {first} to {last}; lower optimizer.lr or look at these samples"
         )
 
     def step(self, batch: Batch, data_seconds: float) -> tuple[Verdict, bool]:
@@ -97,14 +100,19 @@ class Trainer:
         batch = {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in batch.items()}
         scheduled = at(self.steps_done, self.config)
         output = self.engine.forward(
-            batch, teacher=self.teacher.module, teacher_temperature=scheduled.teacher_temperature, comm=self.comm
+            batch,
+            teacher=self.teacher.module,
+            teacher_temperature=scheduled.teacher_temperature,
+            comm=self.comm,
         )
         verdict = agree(output.loss, batch, self.stop.reason)
         outcome = StepOutcome(False, float("nan"))
         if not verdict.non_finite_ranks:
             outcome = self.engine.step(output.loss, scheduled.lr)
         if outcome.applied:
-            self.teacher.update(scheduled.momentum, output.centre_K, self.config.model.distill.centre_momentum)
+            self.teacher.update(
+                scheduled.momentum, output.centre_K, self.config.model.distill.centre_momentum
+            )
             self.steps_done += 1
             self.record(output, verdict, outcome, scheduled, data_seconds, time.perf_counter() - started)
         else:
@@ -116,7 +124,9 @@ class Trainer:
         where = f"loss on {verdict.non_finite_ranks} ranks" if verdict.non_finite_ranks else "gradient"
         if dist.get_rank() == 0:
             self.events.instant("step_refused", step=self.steps_done, reason=f"non-finite {where}")
-            self.console.warn(f"step {self.steps_done} refused: non-finite {where} (norm {outcome.grad_norm})")
+            self.console.warn(
+                f"step {self.steps_done} refused: non-finite {where} (norm {outcome.grad_norm})"
+            )
 
     def save(self) -> bool:
         batch = self.config.data.global_batch
@@ -127,7 +137,9 @@ class Trainer:
         }
         committed = self.checkpointer.save(self.steps_done, meta)
         if not committed and dist.get_rank() == 0:
-            self.console.warn(f"checkpoint at step {self.steps_done} failed, training goes on; see the event log")
+            self.console.warn(
+                f"checkpoint at step {self.steps_done} failed, training goes on; see the event log"
+            )
         return committed
 
     def record(
@@ -143,7 +155,9 @@ class Trainer:
         if dist.get_rank() != 0:
             return
         named = {"loss": output.total, **output.terms, **output.metrics}
-        values = dict(zip(named, torch.stack([value.reshape(()) for value in named.values()]).tolist(), strict=True))
+        values = dict(
+            zip(named, torch.stack([value.reshape(()) for value in named.values()]).tolist(), strict=True)
+        )
         batch = self.config.data.global_batch
         values |= {
             "lr": scheduled.lr,

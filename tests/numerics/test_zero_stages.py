@@ -73,7 +73,8 @@ def test_every_stage_is_plain_adamw(tmp_path, plain, stage, processes):
 
 
 def test_state_moves_between_stages_and_world_sizes_to_the_bit(tmp_path):
-    """ZeRO-2 on 2 ranks -> ZeRO-1 on 1 -> ZeRO-0 on 3: read back after restore and save, nothing has changed."""
+    """ZeRO-2 on 2 ranks -> ZeRO-1 on 1 -> ZeRO-0 on 3: read back after restore and save, nothing has
+    changed."""
     run_worker(tmp_path, 2, "fp32", 4, 2)
     written = state(tmp_path, 4)
     for stage, processes in ((1, 1), (0, 3)):
@@ -92,7 +93,8 @@ def run_worker_resave(source: Path, target: Path, stage: int, processes: int) ->
 
 
 def test_bf16_stages_agree(tmp_path):
-    """Also stage 0, whose optimizer in DeepSpeed takes a step on zero gradients at start-up (docs/decisions)."""
+    """Also stage 0, whose optimizer in DeepSpeed takes a step on zero gradients at start-up
+    (docs/decisions)."""
     curves = {}
     for stage in (0, 1, 2):
         run_worker(tmp_path / f"bf16-{stage}", stage, "bf16", 5, 2)

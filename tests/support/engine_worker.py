@@ -1,8 +1,9 @@
 """One rank that trains the `test` preset on made-up pairs and saves its state.
 
-``train RUN STAGE PRECISION STEPS`` continues from the newest checkpoint of RUN; ``resave SOURCE TARGET STAGE`` restores the
-newest checkpoint of SOURCE into an engine of that stage and writes it to TARGET. Events are the real ones; only the data are made up, so that a test can compute
-the same steps without our engine.
+``train RUN STAGE PRECISION STEPS`` continues from the newest checkpoint of RUN; ``resave SOURCE TARGET
+STAGE`` restores the newest checkpoint of SOURCE into an engine of that stage and writes it to TARGET.
+Events are the real ones; only the data are made up, so that a test can compute the same steps without our
+engine.
 """
 
 import math
@@ -64,7 +65,7 @@ def train(run_uri: str, stage: str, precision: str, steps: str) -> None:
     config, world = worker_config(run_uri, int(stage), precision, int(steps)), World.from_env()
     with process_group(world):
         run = open_store(run_uri)
-        with open_event_log(run, world) as events:
+        with open_event_log(run, world, 1.0) as events:
             engine, teacher = build_engine(config, world)
             checkpointer = Checkpointer(run, engine, teacher, events, {})
             done, comm = checkpointer.restore().step, DistributedCollectives()
@@ -86,7 +87,7 @@ def train(run_uri: str, stage: str, precision: str, steps: str) -> None:
 
 def resave(source: str, target: str, stage: str) -> None:
     world = World.from_env()
-    with process_group(world), open_event_log(open_store(target), world) as events:
+    with process_group(world), open_event_log(open_store(target), world, 1.0) as events:
         engine, teacher = build_engine(worker_config(source, int(stage), "fp32", 1), world)
         restored = Checkpointer(open_store(source), engine, teacher, events, {}).restore()
         meta = {"slot": restored.meta["slot"], "samples_seen": restored.meta["samples_seen"]}

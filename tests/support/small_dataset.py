@@ -20,7 +20,7 @@ from data_pipeline.shard_writer import write_shard
 def picture(number: int, width: int = 48, height: int = 40) -> bytes:
     """A JPEG that shows its number: smooth colours, different for each."""
     rng = np.random.default_rng(number)
-    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), "RGB")
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     out = io.BytesIO()
     coarse.resize((width, height), Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)
     return out.getvalue()

@@ -1,4 +1,4 @@
-"""Run folders as a trainer leaves them, made without one: configuration, events of a killed and a resumed attempt, checkpoints."""
+"""Run folders as a trainer leaves them, made without one: configuration, events, checkpoints."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from system.run_folder import claim_run, describe_run
 STEPS, KILLED_AFTER, CHECKPOINTS = 12, 9, (6, 12)
 FILES = 2
 
+Parameters = dict[str, torch.Tensor]
+
 
 def run_config(uri: str, data: str) -> TrainConfig:
     return TrainConfig(
@@ -41,7 +43,7 @@ def write_run(uri: str, data: str) -> ObjectStore:
     return run
 
 
-def student_and_teacher(config: TrainConfig, step: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def student_and_teacher(config: TrainConfig, step: int) -> tuple[Parameters, Parameters]:
     """Weights that differ by step, and between the towers."""
     student = {name: p.detach() for name, p in Objective(config.model, seed=step).named_parameters()}
     averaged = {n: p + 0.05 for n, p in student.items() if n.startswith(("vision.", "quantizer."))}
@@ -52,7 +54,7 @@ def write_checkpoint(run: ObjectStore, config: TrainConfig, dataset: str, step: 
     """In the documented format, every parameter cut in pieces over two files."""
     student, teacher = student_and_teacher(config, step)
     kinds = {"master": student, "exp_avg": student, "exp_avg_sq": student, "teacher": teacher}
-    files: list[dict[str, torch.Tensor]] = [{} for _ in range(FILES)]
+    files: list[Parameters] = [{} for _ in range(FILES)]
     for kind, parameters in kinds.items():
         for name, parameter in parameters.items():
             cut = parameter.numel() // 3
@@ -69,9 +71,16 @@ def write_checkpoint(run: ObjectStore, config: TrainConfig, dataset: str, step: 
             store.put_file(path.name, path)
             entries.append(file_entry(path, path.name))
     seen = step * config.data.global_batch
-    counters = {"step": step, "slot": seen, "samples_seen": seen, "refused_steps": 0, "state_digest": f"{step:016x}"}
     shapes = {name: list(parameter.shape) for name, parameter in student.items()}
-    meta = {**describe_run(config, dataset), **counters, "parameters": shapes}
+    meta = {
+        **describe_run(config, dataset),
+        "step": step,
+        "slot": seen,
+        "samples_seen": seen,
+        "refused_steps": 0,
+        "state_digest": f"{step:016x}",
+        "parameters": shapes,
+    }
     commit(store, Manifest(KIND, VERSION, tuple(entries), meta))
 
 
@@ -84,8 +93,8 @@ def write_events(run: ObjectStore) -> None:
         for log in logs:
             log.instant("attempt_started", resumed_step=resumed, **facts)
         for step in range(first, last + 1):
-            values = {"loss": 5.0 / step + 0.01 * attempt, "image_text": 2.0 / step, "lr": 1e-3, "grad_norm": 1.0}
-            logs[0].scalar(step, pairs_per_second=30.0 + attempt, **values)
+            values = {"image_text": 2.0 / step, "lr": 1e-3, "grad_norm": 1.0, "pairs_per_second": 30.0}
+            logs[0].scalar(step, loss=5.0 / step + 0.01 * attempt, **values)
             if step in CHECKPOINTS:
                 logs[0].instant("checkpoint_committed", step=step, seconds=0.2, bytes=1000)
         for log in logs:

@@ -1,4 +1,4 @@
-"""What the tests run in processes of their own. Importable without pytest, so that spawned processes start fast."""
+"""What the tests run in processes of their own. Needs no pytest, so spawned processes start fast."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ ROUNDS = 8
 
 
 def race(store: ObjectStore) -> list[list[str]]:
-    """For every round the names of the racers (4 processes of 4 threads) that won put_if_absent of the same key."""
+    """For every round the names of the racers (4 processes of 4 threads) that won put_if_absent of the same
+    key."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(PROCESSES * THREADS)
     wins = context.Queue()

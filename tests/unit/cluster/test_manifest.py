@@ -56,7 +56,7 @@ def test_the_digest_depends_on_content_only(files: list[FileEntry], meta: dict[s
 
 def test_commit_makes_a_folder_real_once(store: ObjectStore, tmp_path: Path) -> None:
     manifest = write_folder(store, tmp_path)
-    with pytest.raises(ObjectNotFound, match="no manifest.json, so this is not a committed dataset"):
+    with pytest.raises(ObjectNotFound, match=r"no manifest\.json, so this is not a committed dataset"):
         load(store, "dataset")
     assert commit(store, manifest)
     assert not commit(store, manifest)

@@ -100,6 +100,10 @@ def test_what_is_no_image_or_no_setting_is_refused() -> None:
         eval_view(b"not an image", 32)
     with pytest.raises(OSError, match="truncated"):
         eval_view(picture(1, 400, 300)[:-2000], 32)
-    for wrong in ({"image_size": 0}, {"scale": (0.0, 1.0)}, {"scale": (0.5, 1.1)}, {"ratio": (2.0, 1.0)}):
-        with pytest.raises(ValueError, match="set it to"):
-            AugmentConfig(**wrong)
+    with pytest.raises(ValueError, match="image_size is 0: set it to"):
+        AugmentConfig(image_size=0)
+    for scale in ((0.0, 1.0), (0.5, 1.1), (0.8, 0.5)):
+        with pytest.raises(ValueError, match=r"scale is .*: set it to"):
+            AugmentConfig(scale=scale)
+    with pytest.raises(ValueError, match=r"ratio is .*: set it to"):
+        AugmentConfig(ratio=(2.0, 1.0))

@@ -205,6 +205,14 @@ def test_another_recipe_does_not_mix_into_unfinished_work(raw: Path, tmp_path: P
         run_preprocess(config(raw, tmp_path))
 
 
+def test_shards_of_somebody_else_are_left_alone(raw: Path, tmp_path: Path) -> None:
+    (tmp_path / "shard-000000.tar").write_bytes(b"precious")
+    with pytest.raises(ManifestMismatch, match="not made here"):
+        run_preprocess(config(raw, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["shard-000000.tar"]
+    assert (tmp_path / "shard-000000.tar").read_bytes() == b"precious"
+
+
 def test_nothing_usable_is_an_error_and_commits_nothing(tmp_path: Path) -> None:
     raw, output = tmp_path / "raw", tmp_path / "set"
     with pytest.raises(DataError, match=r"no \*\.tar"):
@@ -239,6 +247,15 @@ def test_a_folder_is_read_as_shards_of_the_wanted_size(tmp_path: Path) -> None:
     source = SourceConfig(uri=str(raw), kind="folder")
     summary = run_preprocess(config(raw, output, source=source, samples_per_shard=2))
     assert (summary.samples, summary.shards) == (5, 3)
+    with pytest.raises(ManifestMismatch, match="cut otherwise"):
+        run_preprocess(config(raw, output, source=source, samples_per_shard=3))
+    (output / "manifest.json").unlink()
+    assert run_preprocess(config(raw, output, source=source, samples_per_shard=3)).shards == 2
+    assert sorted(path.name for path in output.glob("shard-*.tar")) == [
+        "shard-000000.tar",
+        "shard-000001.tar",
+    ]
+    assert len(list(output.glob("ledger/*/chunk-*"))) == 2
 
 
 def test_the_output_must_not_lie_in_the_input(raw: Path) -> None:

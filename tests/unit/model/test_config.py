@@ -50,9 +50,15 @@ def test_an_unknown_preset_is_named_with_the_known_ones(name: Any):
 @pytest.mark.parametrize(
     ("build", "key"),
     [
-        (lambda: VisionConfig(image_size=65, patch_size=8, width=64, layers=2, heads=2), "vision.image_size"),
-        (lambda: VisionConfig(image_size=64, patch_size=8, width=60, layers=2, heads=2), "vision.heads"),
-        (lambda: TextConfig(width=64, layers=0, heads=2), "text.layers"),
+        (
+            lambda: VisionConfig(image_size=65, patch_size=8, width=64, layers=2, heads=2),
+            "model.vision.image_size",
+        ),
+        (
+            lambda: VisionConfig(image_size=64, patch_size=8, width=60, layers=2, heads=2),
+            "model.vision.heads",
+        ),
+        (lambda: TextConfig(width=64, layers=0, heads=2), "model.text.layers"),
         (lambda: DistillConfig(weight=-1.0), "model.distill.weight"),
         (lambda: DistillConfig(mask_ratio=1.0), "model.distill.mask_ratio"),
         (lambda: DistillConfig(student_temperature=0.0), "model.distill.student_temperature"),

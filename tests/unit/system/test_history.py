@@ -95,7 +95,14 @@ def test_refusals_incidents_and_evaluations_are_marks(tmp_path: Path):
 def test_every_step_is_live_once_and_from_the_newest_attempt(spans: list[tuple[int, int]]):
     """Attempts may begin anywhere: a live step is of the newest attempt that began at or before it."""
     events = [
-        {"t": 100.0 * attempt + step, "attempt": attempt, "rank": 0, "seq": step, "kind": "scalar", "name": "step"}
+        {
+            "t": 100.0 * attempt + step,
+            "attempt": attempt,
+            "rank": 0,
+            "seq": step,
+            "kind": "scalar",
+            "name": "step",
+        }
         | {"step": step, "loss": 1.0}
         for attempt, (first, length) in enumerate(spans, start=1)
         for step in range(first, first + length)

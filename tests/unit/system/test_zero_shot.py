@@ -21,7 +21,8 @@ from system.zero_shot import (
 def encode(texts: list[str]) -> torch.Tensor:
     """A stand-in with the encoder's contract: one unit vector per text, a pure function of the text."""
     vectors = [
-        torch.randn(8, generator=torch.Generator().manual_seed(sum(map(ord, text)) + len(text))) for text in texts
+        torch.randn(8, generator=torch.Generator().manual_seed(sum(map(ord, text)) + len(text)))
+        for text in texts
     ]
     return torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
 
