@@ -28,7 +28,7 @@ from system.config import (
     to_dict,
     validate,
 )
-from system.console import preprocess_progress
+from system.console import progress_bar
 from system.history import load_history
 
 Args = argparse.Namespace
@@ -84,7 +84,12 @@ def knobs(args: Args, kind: type, **positional: Any) -> Any:
 
 def preprocess(args: Args) -> Result:
     config = load_recipe(args.recipe, args.knobs, PreprocessConfig)
-    with preprocess_progress() as progress:
+    with progress_bar("shards") as bar:
+
+        def progress(state: dict[str, Any]) -> None:
+            note = f"{state['samples']} samples, {state['rejected']} rejected"
+            bar(state["chunks_done"], state["chunks"], note)
+
         summary = asdict(run_preprocess(config, progress))
     rows = [(key, value) for key, value in summary.items()]
     return Result(
@@ -124,7 +129,11 @@ def evaluate(args: Args) -> Result:
     from system.evaluate import EvaluateConfig, render
     from system.evaluate import evaluate as run_evaluation
 
-    result = run_evaluation(args.run, knobs(args, EvaluateConfig))
+    config = knobs(args, EvaluateConfig)
+    with progress_bar("encoded") as bar:
+        result = run_evaluation(
+            args.run, config, lambda state: bar(state["done"], state["total"], state["stage"])
+        )
     return Result(result, render(result))
 
 

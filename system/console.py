@@ -62,19 +62,13 @@ class Console:
 
 
 @contextmanager
-def preprocess_progress() -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A bar over the chunks of a preprocess; hands out the function that takes its progress reports."""
-    columns = (
-        TextColumn("preprocess"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"),
-    )
-    with Progress(*columns, console=RichConsole(stderr=True), transient=False) as progress:
-        task = progress.add_task("chunks", total=None, numbers="")
+def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on stderr for the other long commands; hands out the function that takes (done, total, note)."""
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    with Progress(*columns, console=RichConsole(stderr=True)) as progress:
+        task = progress.add_task(label, total=None, note="")
 
-        def report(state: dict[str, Any]) -> None:
-            numbers = f"{state['samples']} samples, {state['rejected']} rejected"
-            progress.update(task, completed=state["chunks_done"], total=state["chunks"], numbers=numbers)
+        def report(done: int, total: int, note: str) -> None:
+            progress.update(task, completed=done, total=total, note=note)
 
         yield report

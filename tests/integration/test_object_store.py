@@ -12,8 +12,9 @@ def test_main_job_on_s3(tmp_path, s3_env, train_data, eval_data):
     recipe = write_recipe(tmp_path)
     data, run = f"{s3_env}/data", f"{s3_env}/runs/one"
     assert preprocess_to(data, "train", 3, tmp_path) == 0
-    train_until_killed(recipe, run, data, point="step", step=6)
-    train(recipe, run, data)
+    cache = f"data.loader.cache={tmp_path / 'cache'}"
+    train_until_killed(recipe, run, data, cache, point="step", step=6)
+    train(recipe, run, data, cache)
     assert committed_steps(open_store(run)) == [4, 8, 12]
     assert [event["resumed_step"] for event in instants(run, "attempt_started")] == [None, 4]
 

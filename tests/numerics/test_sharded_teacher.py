@@ -8,7 +8,9 @@ from cluster.local_launch import run_local
 from tests.support import teacher_worker
 
 
-@pytest.mark.parametrize(("stage", "precision", "processes"), [(0, "fp32", 2), (1, "fp32", 2), (2, "bf16", 3)])
+@pytest.mark.parametrize(
+    ("stage", "precision", "processes"), [(0, "fp32", 2), (1, "fp32", 2), (2, "bf16", 3)]
+)
 def test_sharded_teacher_equals_unsharded_ema(stage, precision, processes):
     argv = [sys.executable, teacher_worker.__file__, str(stage), precision]
     assert run_local(argv, processes, None) == 0

@@ -16,7 +16,9 @@ from system.schedules import at
 from tests.support.engine_worker import made_up_batch, share, worker_config
 
 
-def whole(fragments: list[tuple[str, int, torch.Tensor]], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+def whole(
+    fragments: list[tuple[str, int, torch.Tensor]], shapes: dict[str, torch.Size]
+) -> dict[str, torch.Tensor]:
     """Parameters out of the runs of all ranks."""
     everyone: list[list[tuple[str, int, torch.Tensor]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, fragments)

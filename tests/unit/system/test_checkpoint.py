@@ -25,7 +25,10 @@ def write(folder: Path, values: torch.Tensor, cuts: list[int]) -> None:
     entries = []
     for rank, (first, last) in enumerate(zip(edges, edges[1:], strict=False)):
         name = f"rank-{rank:05d}.safetensors"
-        tensors = {f"master/w/{first}": values.flatten()[first:last].clone(), f"exp_avg/pad{rank}/0": values[0]}
+        tensors = {
+            f"master/w/{first}": values.flatten()[first:last].clone(),
+            f"exp_avg/pad{rank}/0": values[0],
+        }
         save_file(tensors, target / name)
         entries.append(file_entry(target / name, name))
     meta = {"step": 3, "slot": 36, "samples_seen": 36, "parameters": {"w": SHAPE}}
@@ -73,4 +76,7 @@ def test_manifest_is_plain_json(tmp_path):
     write(tmp_path, torch.randn(*SHAPE), [5])
     document = json.loads((tmp_path / "checkpoints/step-000000003/manifest.json").read_text())
     assert document["kind"] == "checkpoint"
-    assert [entry["name"] for entry in document["files"]] == ["rank-00000.safetensors", "rank-00001.safetensors"]
+    assert [entry["name"] for entry in document["files"]] == [
+        "rank-00000.safetensors",
+        "rank-00001.safetensors",
+    ]

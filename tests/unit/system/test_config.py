@@ -77,7 +77,13 @@ def test_saved_config_builds_the_same_config():
 
 def test_identity_ignores_where_and_with_how_many():
     base = digest(identity(load_train_recipe(EMOJI, [])))
-    free = ["run.uri=s3://b/c", "run.processes=7", "data.uri=x", "engine.zero_stage=2", "data.loader.workers=3"]
+    free = [
+        "run.uri=s3://b/c",
+        "run.processes=7",
+        "data.uri=x",
+        "engine.zero_stage=2",
+        "data.loader.workers=3",
+    ]
     assert digest(identity(load_train_recipe(EMOJI, free))) == base
     for bound in ("run.seed=1", "data.global_batch=80", "model.mlm.weight=0.1", "optimizer.lr=7e-4"):
         assert digest(identity(load_train_recipe(EMOJI, [bound]))) != base

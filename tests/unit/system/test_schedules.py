@@ -16,7 +16,9 @@ def test_warmup_peak_and_end():
     assert max(values) == values[10]
     assert values[100] == pytest.approx(0.01)
     assert all(a >= b for a, b in zip(values[10:], values[11:], strict=False))
-    assert cosine_with_warmup(500, peak=1.0, start=0.1, final=0.01, warmup=10, total=100) == pytest.approx(0.01)
+    assert cosine_with_warmup(500, peak=1.0, start=0.1, final=0.01, warmup=10, total=100) == pytest.approx(
+        0.01
+    )
 
 
 def test_no_warmup_begins_at_the_peak():
