@@ -90,8 +90,9 @@ class Trainer:
         first = self.steps_done * self.config.data.global_batch
         last = first + self.config.data.global_batch - 1
         raise NonFinite(
-            f"step {self.steps_done} was refused {self.config.engine.max_refused_steps} times running: "
-            f"loss or gradient not finite on slots {first} to {last}; lower optimizer.lr or look at these samples"
+            f"step {self.steps_done} was refused {self.config.engine.max_refused_steps} times in a row: "
+            f"loss or gradient not finite on slots {first} to {last}; "
+            "lower optimizer.lr or look at these samples"
         )
 
     def step(self, batch: Batch, data_seconds: float) -> tuple[Verdict, bool]:

@@ -1,4 +1,4 @@
-"""Law: the teacher in shards is an unsharded fp32 EMA to the bit, at every stage, and its compute copy is its master."""
+"""Law: the teacher in shards is an unsharded fp32 EMA to the bit, and its compute copy is its master."""
 
 import sys
 

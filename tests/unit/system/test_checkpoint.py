@@ -1,6 +1,7 @@
 """Reading fragments: any run of any parameter, whatever the cut that it was written in."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def write(folder: Path, values: torch.Tensor, cuts: list[int]) -> None:
     target.mkdir(parents=True)
     edges = [0, *cuts, values.numel()]
     entries = []
-    for rank, (first, last) in enumerate(zip(edges, edges[1:], strict=False)):
+    for rank, (first, last) in enumerate(pairwise(edges)):
         name = f"rank-{rank:05d}.safetensors"
         tensors = {
             f"master/w/{first}": values.flatten()[first:last].clone(),

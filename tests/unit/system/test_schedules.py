@@ -1,5 +1,7 @@
 """Schedules are functions of the step and nothing else."""
 
+from itertools import pairwise
+
 import pytest
 
 from system.config import load_train_recipe
@@ -15,7 +17,7 @@ def test_warmup_peak_and_end():
     assert values[10] == pytest.approx(1.0)
     assert max(values) == values[10]
     assert values[100] == pytest.approx(0.01)
-    assert all(a >= b for a, b in zip(values[10:], values[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(values[10:]))
     assert cosine_with_warmup(500, peak=1.0, start=0.1, final=0.01, warmup=10, total=100) == pytest.approx(
         0.01
     )
