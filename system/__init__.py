@@ -14,5 +14,6 @@ for _name in ("cluster", "data_pipeline", "model"):
     if _spec is None or _spec.origin is None or Path(_spec.origin).resolve().parent.parent != _HOME:
         _found = "nothing" if _spec is None else _spec.origin or "a folder without __init__.py"
         raise ImportError(
-            f"package {_name}: expected in {_HOME}, found {_found}; run from another folder or repair PYTHONPATH"
+            f"package {_name}: expected in {_HOME}, found {_found}; "
+            "run from another folder or repair PYTHONPATH"
         )
