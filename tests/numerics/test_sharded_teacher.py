@@ -1,6 +1,7 @@
 """Law: the teacher in shards is an unsharded fp32 EMA to the bit, and its compute copy is its master."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -13,4 +14,5 @@ from tests.support import teacher_worker
 )
 def test_sharded_teacher_equals_unsharded_ema(stage, precision, processes):
     argv = [sys.executable, teacher_worker.__file__, str(stage), precision]
-    assert run_local(argv, processes, None) == 0
+    root = Path(__file__).resolve().parents[2]  # the worker shares code with another one
+    assert run_local(argv, processes, {"PYTHONPATH": str(root)}) == 0
