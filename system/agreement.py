@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from cluster.errors import Hang
+
 T = TypeVar("T")
 
 
@@ -35,6 +37,13 @@ class Verdict:
     preempted: bool
     ids_digest: str
     """Hash of the (slot, sample id) pairs of the global batch; the same at any world size."""
+
+
+def peer_lost(error: RuntimeError) -> Hang | None:
+    """A collective that failed because another rank is gone, as the error that it is; else None."""
+    if any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "NCCL")):
+        return Hang("lost the connection to another rank; if that one gave no reason, run again")
+    return None
 
 
 def agree(loss: torch.Tensor, batch: dict[str, torch.Tensor], stop_reason: str | None) -> Verdict:

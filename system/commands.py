@@ -70,7 +70,7 @@ class _Rows:
 
 
 def show(result: Result, as_json: bool) -> None:
-    console = Console(highlight=False, soft_wrap=as_json)
+    console = Console(highlight=False, soft_wrap=as_json or isinstance(result.text, str))
     if as_json:
         console.print_json(data=result.data)
     else:

@@ -5,6 +5,7 @@ from contextlib import closing
 from cluster.errors import exit_code_of
 from cluster.store import open_store
 from cluster.world import World
+from system.agreement import peer_lost
 from system.build import build_trainer, open_event_log, process_group
 from system.config import TrainConfig
 
@@ -33,6 +34,12 @@ def train(config: TrainConfig) -> None:
                     )
                     with closing(loader.batches(trainer.steps_done, config.run.steps)) as batches:
                         trainer.fit(batches)
+            except RuntimeError as error:
+                lost = peer_lost(error)
+                reason, code = f"{type(lost or error).__name__}: {lost or error}", exit_code_of(lost or error)
+                if lost is not None:
+                    raise lost from error
+                raise
             except BaseException as error:
                 reason, code = f"{type(error).__name__}: {error}", exit_code_of(error)
                 raise
