@@ -39,9 +39,10 @@ class Verdict:
     """Hash of the (slot, sample id) pairs of the global batch; the same at any world size."""
 
 
-def peer_lost(error: RuntimeError) -> Hang | None:
+def peer_lost(error: BaseException) -> Hang | None:
     """A collective that failed because another rank is gone, as the error that it is; else None."""
-    if any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "NCCL")):
+    signs = ("Connection closed by peer", "Connection reset by peer", "NCCL")
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):
         return Hang("lost the connection to another rank; if that one gave no reason, run again")
     return None
 

@@ -34,14 +34,11 @@ def train(config: TrainConfig) -> None:
                     )
                     with closing(loader.batches(trainer.steps_done, config.run.steps)) as batches:
                         trainer.fit(batches)
-            except RuntimeError as error:
-                lost = peer_lost(error)
-                reason, code = f"{type(lost or error).__name__}: {lost or error}", exit_code_of(lost or error)
-                if lost is not None:
-                    raise lost from error
-                raise
             except BaseException as error:
-                reason, code = f"{type(error).__name__}: {error}", exit_code_of(error)
+                known = peer_lost(error) or error
+                reason, code = f"{type(known).__name__}: {known}", exit_code_of(known)
+                if known is not error:
+                    raise known from error
                 raise
             finally:
                 events.instant("attempt_ended", reason=reason, exit_code=code)
