@@ -14,6 +14,8 @@ class MaskClipError(Exception):
 
     exit_code: int = 70
     action: str = "restart"
+    agreed: bool = False
+    """All ranks raise it together, so one of them says it for all."""
 
 
 class ConfigError(MaskClipError):
@@ -61,6 +63,7 @@ class Preempted(MaskClipError):
 
     exit_code = 75
     action = "restart_free"
+    agreed = True
 
 
 class NonFinite(MaskClipError):
@@ -68,6 +71,7 @@ class NonFinite(MaskClipError):
 
     exit_code = 76
     action = "rollback"
+    agreed = True
 
 
 class Hang(MaskClipError):
@@ -82,6 +86,7 @@ class Interrupted(MaskClipError):
 
     exit_code = 130
     action = "stop"
+    agreed = True
 
 
 def exit_code_of(exc: BaseException) -> int:

@@ -33,6 +33,7 @@ _HEADER = ("t", "attempt", "rank", "seq", "kind", "name")
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _SEGMENT_EVENTS = 20_000
 _CLOSE_SECONDS = 15.0
+_FLUSH_SECONDS = 5.0
 _READERS = 8
 _ATTEMPT = re.compile(r"attempts/attempt-(\d+)\.json")
 
@@ -60,8 +61,10 @@ class EventLog:
         self._rank = rank
         self._flush_seconds = flush_seconds
         self._capacity = capacity
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._lines: deque[str] = deque()
+        self._taken = 0
+        self._written = 0
         self._next_seq = 0
         self._next_segment = 0
         self._dropped = 0
@@ -69,6 +72,7 @@ class EventLog:
         self._failing = False
         self._ended = False
         self._closed = threading.Event()
+        self._wake = threading.Event()
         self._writer = threading.Thread(target=self._write_segments, name="event-log", daemon=True)
         self._writer.start()
 
@@ -97,9 +101,18 @@ class EventLog:
         finally:
             self._append("span", name, {**fields, "seconds": time.monotonic() - start})
 
+    def flush(self, seconds: float = _FLUSH_SECONDS) -> bool:
+        """Write what was logged until now and wait for it, at most `seconds`. False if the store was not
+        that fast; the events stay in line for it."""
+        with self._lock:
+            logged = self._taken
+            self._wake.set()
+            return self._lock.wait_for(lambda: self._written >= logged, seconds)
+
     def close(self) -> None:
         """Write what waits, for a bounded time. Later events are dropped."""
         self._closed.set()
+        self._wake.set()
         self._writer.join(_CLOSE_SECONDS)
         self._ended = True
         if self._lines:
@@ -117,14 +130,20 @@ class EventLog:
             if self._closed.is_set() or len(self._lines) >= self._capacity:
                 self._dropped += 1
                 return
-            self._lines.append(self._encode(seq, kind, name, fields))
+            self._queue(self._encode(seq, kind, name, fields))
+
+    def _queue(self, line: str) -> None:
+        self._lines.append(line)
+        self._taken += 1
 
     def _encode(self, seq: int, kind: str, name: str, fields: dict[str, Any]) -> str:
         header = dict(zip(_HEADER, (time.time(), self._attempt, self._rank, seq, kind, name), strict=True))
         return json.dumps(_to_json({**header, **fields}), allow_nan=False, separators=(",", ":"))
 
     def _write_segments(self) -> None:
-        while not self._closed.wait(self._flush_seconds):
+        while not self._closed.is_set():
+            self._wake.wait(self._flush_seconds)
+            self._wake.clear()
             self._write_waiting()
         while self._write_waiting():
             pass
@@ -153,11 +172,11 @@ class EventLog:
         with self._lock:
             for _ in lines:
                 self._lines.popleft()
+            self._written += len(lines)
+            self._lock.notify_all()
             if self._dropped > self._reported:
                 count = self._dropped - self._reported
-                self._lines.append(
-                    self._encode(self._next_seq, "instant", "events_dropped", {"count": count})
-                )
+                self._queue(self._encode(self._next_seq, "instant", "events_dropped", {"count": count}))
                 self._next_seq += 1
                 self._reported = self._dropped
         return True

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from cluster.errors import Hang
+from cluster.errors import Hang, MaskClipError
 
 T = TypeVar("T")
 
@@ -24,6 +24,8 @@ def on_rank_zero(work: Callable[[], T]) -> T:
             box[1] = error
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
+        if isinstance(box[1], MaskClipError):
+            box[1].agreed = True
         raise box[1]
     return box[0]
 

@@ -27,7 +27,6 @@ from system.checkpoint import (
     VERSION,
     FragmentReader,
     committed_steps,
-    load_checkpoint_meta,
     open_checkpoint,
     step_folder,
 )
@@ -118,7 +117,7 @@ class Checkpointer:
             }
             manifest = Manifest(KIND, VERSION, tuple(parts), everything)
             try:
-                on_rank_zero(lambda: commit(store, manifest))
+                on_rank_zero(lambda: self._commit(store, manifest))
             except MaskClipError as error:
                 problems = [str(error)]
         if dist.get_rank() == 0:
@@ -129,6 +128,12 @@ class Checkpointer:
                 size = sum(part.size for part in parts)
                 self._events.instant("checkpoint_committed", step=step, seconds=seconds, bytes=size)
         return not problems
+
+    def _commit(self, store: ObjectStore, manifest: Manifest) -> None:
+        """The record of the steps goes first: a resume never repeats a committed step, so its events would
+        be lost for good. A store that is too slow for them does not hold the checkpoint up."""
+        self._events.flush()
+        commit(store, manifest)
 
     def _write(self, store: ObjectStore) -> FileEntry:
         name = f"rank-{dist.get_rank():05d}.safetensors"
@@ -151,7 +156,7 @@ class Checkpointer:
         if step is None:
             return Restored(0, {})
         store, manifest = open_checkpoint(self._run, step)
-        saved = load_checkpoint_meta(self._run, step).meta
+        saved = manifest.meta
         if saved["parameters"] != self._shapes:
             both = saved["parameters"].keys() | self._shapes.keys()
             names = sorted(n for n in both if saved["parameters"].get(n) != self._shapes.get(n))

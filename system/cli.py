@@ -11,12 +11,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from cluster.errors import ConfigError, Interrupted, MaskClipError, NonFinite, Preempted, exit_code_of
+from cluster.errors import ConfigError, MaskClipError, exit_code_of
 from system import commands
 from system.train import train
-
-AGREED = (Interrupted, NonFinite, Preempted)
-"""Errors that all ranks raise together."""
 
 Handler = Callable[[argparse.Namespace], Any]
 
@@ -119,7 +116,7 @@ def _fail(error: BaseException, as_json: bool) -> int:
     code = exit_code_of(error)
     rank = os.environ.get("RANK")
     who = "maskclip" if rank is None else f"maskclip rank {rank}"
-    if isinstance(error, AGREED) and rank not in (None, "0"):
+    if getattr(error, "agreed", False) and rank not in (None, "0"):
         return code  # all ranks know the same; the first one says it
     if isinstance(error, KeyboardInterrupt):
         message = "interrupted"

@@ -109,6 +109,28 @@ def test_a_failing_store_costs_the_caller_nothing_and_drops_are_counted(tmp_path
     assert log.dropped == 41
 
 
+def test_flush_returns_when_the_events_are_in_the_store(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    log = EventLog(store, attempt=1, rank=0, flush_seconds=3600)
+    for number in range(3):
+        log.instant("tick", number=number)
+        assert log.flush()
+        assert [event["number"] for event in read_events(store)] == list(range(number + 1))
+    log.close()
+
+
+def test_flush_gives_up_on_a_failing_store_and_keeps_the_events(tmp_path: Path) -> None:
+    obstacle = tmp_path / "events"
+    obstacle.touch()
+    store = open_store(str(tmp_path))
+    log = EventLog(store, attempt=1, rank=0, flush_seconds=0.01)
+    log.instant("tick")
+    assert not log.flush(seconds=0.05)
+    obstacle.unlink()
+    log.close()
+    assert [event["name"] for event in read_events(store)] == ["tick"]
+
+
 def test_a_store_that_never_comes_back_loses_a_known_number(tmp_path: Path) -> None:
     (tmp_path / "events").touch()
     log = EventLog(open_store(str(tmp_path)), attempt=1, rank=0, flush_seconds=0.01)
