@@ -1,11 +1,11 @@
-"""The three losses, exact over the global batch, and the collectives that they need.
+"""The losses of the two masked branches, exact over the global batch, and the collectives that losses need.
+The contrastive ones are in `contrastive.py`.
 
 Every rank returns its share of a global weighted mean, times the number of ranks: the average over ranks
 (what data-parallel training does to gradients) is then the exact global mean, whatever the weights.
 Samples of weight 0 fill up short ranks: they are in no mean, and nobody's negatives.
 
-Shapes: b samples of this rank, B of all ranks, E embedding, M masked patches, K codewords, N hidden words,
-W vocabulary.
+Shapes: b samples of this rank, M masked patches, K codewords, N hidden words, W vocabulary.
 """
 
 from typing import Protocol
@@ -24,8 +24,8 @@ class Collectives(Protocol):
     @property
     def size(self) -> int: ...
 
-    def gather_with_grad(self, x: Tensor) -> Tensor:
-        """[b, ...] -> [size * b, ...] in rank order; backward SUMS a row's gradients over the ranks."""
+    def rotate(self, x: Tensor) -> Tensor:
+        """Give x to the next rank and return the previous one's. After `size` turns everything is home."""
         ...
 
     def sum(self, x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class SingleProcess:
     rank = 0
     size = 1
 
-    def gather_with_grad(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor) -> Tensor:
         return x
 
     def sum(self, x: Tensor) -> Tensor:
@@ -53,34 +53,6 @@ def mean_shares(weight_n: Tensor, comm: Collectives) -> Tensor:
     """
     total = comm.sum(weight_n.sum())
     return weight_n * (comm.size / total.clamp(min=torch.finfo(total.dtype).tiny))
-
-
-def contrastive(
-    image_bE: Tensor, text_bE: Tensor, scale: Tensor, share_b: Tensor, comm: Collectives
-) -> tuple[Tensor, Tensor]:
-    """L_I and L_T: cross-entropy of each image over all captions, and of each caption over all images.
-
-    The paper adds the two (Eq. 8), CLIP takes their mean.
-
-    Args:
-        image_bE: unit fp32 features.
-        text_bE: unit fp32 features of the same samples.
-        scale: [1] factor on the cosines (1 / temperature).
-        share_b: `mean_shares` of the samples' weights; a sample of share 0 is neither row nor column.
-
-    Returns:
-        Two scalars, this rank's shares.
-    """
-    absent_B = comm.gather_with_grad(share_b) == 0
-    match_b = scale * (image_bE * text_bE).sum(dim=1)
-    terms = []
-    for own_bE, others_BE in (
-        (image_bE, comm.gather_with_grad(text_bE)),
-        (text_bE, comm.gather_with_grad(image_bE)),
-    ):
-        logits_bB = (scale * (own_bE @ others_BE.T)).masked_fill(absent_B, float("-inf"))
-        terms.append(share_b @ (logits_bB.logsumexp(dim=1) - match_b))
-    return terms[0], terms[1]
 
 
 def teacher_targets(logits_bMK: Tensor, centre_K: Tensor, temperature: float) -> Tensor:

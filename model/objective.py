@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import losses
+from model import contrastive, losses
 from model.blocks import linear
 from model.config import ModelConfig
 from model.heads import ImageDecoder, MlmHead, Quantizer, TextDecoder
@@ -115,7 +115,7 @@ class Objective(MaskClip):
         # Text first: it waits for the device (lengths), and should not wait for the long image passes.
         text_BE, text_terms = self._text_passes(batch, comm)
         image_BE = self.encode_image(batch["image"])
-        image_text, text_image = losses.contrastive(image_BE, text_BE, self.scale, share_B, comm)
+        image_text, text_image = contrastive.info_nce(image_BE, text_BE, self.scale, share_B, comm)
         terms = {"image_text": image_text, "text_image": text_image} | text_terms
         averages: dict[str, Tensor] = {}
         if self.config.distill.weight > 0:

@@ -1,9 +1,11 @@
 """From a configuration to the parts of a training job."""
 
+import io
 import math
 import os
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 import torch
 import torch.distributed as dist
@@ -40,7 +42,10 @@ def process_group(world: World) -> Iterator[None]:
     deepspeed.logger.setLevel("WARNING")
     if cuda:
         torch.cuda.set_device(world.local_rank)
-    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    # DeepSpeed prints that it compiled, and calls what torch has renamed: no news for the user.
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor`", FutureWarning)
+    with redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     try:
         yield
     finally:

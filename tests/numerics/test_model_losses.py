@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import losses
+from model import contrastive, losses
 from model.losses import SingleProcess
 from tests.unit.model.samples import relative_error
 
@@ -49,7 +49,7 @@ def test_contrastive_and_its_gradient():
     image, text = unit(len(weights), 24, 0), unit(len(weights), 24, 1)
     scale = torch.tensor([1 / 0.07])
     own = leaves(torch.float32, image, text, scale)
-    image_text, text_image = losses.contrastive(own[0], own[1], own[2], shares(torch.tensor(weights)), COMM)
+    image_text, text_image = contrastive.info_nce(own[0], own[1], own[2], shares(torch.tensor(weights)), COMM)
     (image_text + text_image).backward()
 
     reference = leaves(torch.float64, image, text, scale)
@@ -63,8 +63,8 @@ def test_contrastive_and_its_gradient():
 def test_absent_samples_have_no_influence():
     image, text, scale = unit(5, 16, 2), unit(5, 16, 3), torch.tensor([10.0])
     weight = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0])
-    some = losses.contrastive(image, text, scale, shares(weight), COMM)
-    alone = losses.contrastive(image[:3], text[:3], scale, shares(weight[:3]), COMM)
+    some = contrastive.info_nce(image, text, scale, shares(weight), COMM)
+    alone = contrastive.info_nce(image[:3], text[:3], scale, shares(weight[:3]), COMM)
     assert close(list(some), list(alone))
 
 
@@ -119,5 +119,5 @@ def test_a_mean_over_nothing_is_zero():
 
 def test_untrained_features_cost_the_logarithm_of_the_batch():
     same = unit(1, 8, 6).expand(16, 8)
-    terms = losses.contrastive(same, same, torch.tensor([5.0]), shares(torch.ones(16)), COMM)
+    terms = contrastive.info_nce(same, same, torch.tensor([5.0]), shares(torch.ones(16)), COMM)
     assert all(math.isclose(float(term), math.log(16), rel_tol=1e-6) for term in terms)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import losses
+from model import contrastive, losses
 from model.losses import Collectives, SingleProcess
 from model.objective import Output
 from tests.unit.model.samples import (
@@ -35,11 +35,11 @@ def padded_slice(batch: dict[str, Tensor], rank: int, size: int) -> dict[str, Te
 
 def contrast(features: Tensor, scale: Tensor, weight: Tensor, comm: Collectives) -> Tensor:
     shares = losses.mean_shares(weight, comm)
-    image_text, text_image = losses.contrastive(features[0], features[1], scale, shares, comm)
+    image_text, text_image = contrastive.info_nce(features[0], features[1], scale, shares, comm)
     return image_text + text_image
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [1, 2, 4])
 def test_contrastive_over_ranks(size: int):
     generator = torch.Generator().manual_seed(0)
     features = F.normalize(torch.randn(2, 3 * size, 16, generator=generator), dim=-1)

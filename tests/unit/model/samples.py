@@ -80,23 +80,11 @@ class ThreadRank:
         self._barrier.wait()
         return everyone
 
-    def gather_with_grad(self, x: Tensor) -> Tensor:
-        return _Gather.apply(x, self)  # type: ignore[no-any-return]
+    def rotate(self, x: Tensor) -> Tensor:
+        return self.exchange(x)[self.rank - 1]
 
     def sum(self, x: Tensor) -> Tensor:
         return torch.stack(self.exchange(x)).sum(dim=0)
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: ThreadRank) -> Tensor:
-        ctx.comm = comm
-        return torch.cat(comm.exchange(x))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = torch.stack(ctx.comm.exchange(grads[0])).sum(dim=0)
-        return total.chunk(ctx.comm.size)[ctx.comm.rank], None
 
 
 def on_ranks(size: int, work: Callable[[ThreadRank], Any]) -> list[Any]:
