@@ -36,9 +36,10 @@ def main(folder: Path) -> None:
         share = losses.mean_shares(weight, comm)
         if loss == "info_nce":
             leaves.pop("bias")
-            total = torch.stack(contrastive.info_nce(*leaves.values(), share, comm, TILE)).sum()
+            terms = contrastive.info_nce(image, text, leaves["scale"], share, comm, TILE)
+            total = torch.stack(terms).sum()
         else:
-            total = contrastive.sigmoid(*leaves.values(), share, comm, TILE)
+            total = contrastive.sigmoid(image, text, leaves["scale"], leaves["bias"], share, comm, TILE)
         total.backward()
         results.append({"loss": total.detach(), **{name: leaf.grad for name, leaf in leaves.items()}})
     torch.save(results, folder / f"rank-{comm.rank}.pt")
