@@ -56,6 +56,11 @@ class VisionConfig:
         """Patches of one image, without the class token."""
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def patch_values(self) -> int:
+        """Numbers in one patch: three channels of its pixels."""
+        return 3 * self.patch_size**2
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
@@ -105,6 +110,10 @@ class DistillConfig:
 
     weight: float = 0.05
     """Weight lambda of the term (Eq. 8); 0 switches the branch off and its parameters are not created."""
+    target: Literal["codewords", "features", "pixels"] = "codewords"
+    """What is predicted at a masked patch: the teacher's soft codewords (the paper's method), its features
+    (affine-free layer norm, squared error; as the authors' BootMAE) or the pixels (MAE: normalised by patch).
+    With features and teacher.momentum_* 0 the target is the student of the step before (paper, Table 9)."""
     mask_ratio: float = 0.75
     """Share of patches that the student does not see."""
     decoder_layers: int = 1
@@ -147,6 +156,11 @@ class DistillConfig:
             f"centre_momentum {self.centre_momentum}: set model.distill.centre_momentum from 0 to below 1",
         )
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether there is an EMA teacher to keep."""
+        return self.weight > 0 and self.target != "pixels"
+
 
 @dataclass(frozen=True, kw_only=True)
 class MlmConfig:
@@ -154,6 +168,9 @@ class MlmConfig:
 
     weight: float = 0.05
     """Weight beta of the term (Eq. 8); 0 switches the branch off and its parameters are not created."""
+    text_pass: Literal["own", "shared"] = "own"
+    """own: caption and masked caption are both encoded. shared: only the masked one, for both losses, which
+    is cheaper, but the contrast then sees hidden words (the paper does not say which)."""
     mask_ratio: float = 0.2
     """Share of a caption's words that are predicted; at least one."""
     decoder_layers: int = 4
@@ -187,6 +204,8 @@ class ModelConfig:
     """Masked self-distillation."""
     mlm: MlmConfig
     """Masked language modelling."""
+    contrastive: Literal["softmax", "sigmoid"] = "softmax"
+    """Loss over the pairs of the global batch: CLIP's in both directions (the paper's), or SigLIP's."""
     attention: Literal["auto", "xformers", "sdpa"] = "auto"
     """Attention kernel: auto takes xformers on CUDA where it is installed, PyTorch's SDPA elsewhere."""
 

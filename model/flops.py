@@ -55,7 +55,8 @@ def _transformer(width: int, layers: int, tokens: float) -> float:
 
 
 def flops_per_pair(config: ModelConfig, caption_tokens: float, hidden_words: float) -> StepFlops:
-    """FLOPs of one pair, without the contrastive product (4 * global batch * embed_dim a pair).
+    """FLOPs of one pair, without the contrastive products (2 * global batch * embed_dim a pair, four times in
+    a step).
 
     Args:
         caption_tokens: columns that the captions of a batch are cut to.
@@ -71,7 +72,9 @@ def flops_per_pair(config: ModelConfig, caption_tokens: float, hidden_words: flo
 
     hidden, bottleneck = distill.head_hidden, distill.head_bottleneck
     head = vision.width * hidden + hidden**2 + hidden * bottleneck + bottleneck * distill.codewords
-    quantizer = 2.0 * masked * head
+    quantizer = 2.0 * masked * head * (distill.target == "codewords")
+    outputs = {"codewords": 0, "features": vision.width, "pixels": vision.patch_values}[distill.target]
+    predictor = 2.0 * masked * vision.width * outputs
     decoder = _transformer(vision.width, distill.decoder_layers, 1 + patches)
     words = 2 * hidden_words * text.width * (text.width + text.vocab_size)
     encode_text = _transformer(text.width, text.layers, caption_tokens)
@@ -80,10 +83,10 @@ def flops_per_pair(config: ModelConfig, caption_tokens: float, hidden_words: flo
         vision=encode_image(patches) + 2 * vision.width * config.embed_dim,
         vision_visible=distilling * encode_image(visible),
         text=encode_text + 2 * text.width * config.embed_dim,
-        text_masked=predicting * encode_text,
-        image_decoder=distilling * (decoder + quantizer),
+        text_masked=predicting * encode_text * (mlm.text_pass == "own"),
+        image_decoder=distilling * (decoder + quantizer + predictor),
         text_decoder=predicting * (_transformer(text.width, mlm.decoder_layers, caption_tokens) + words),
-        teacher=distilling * (encode_image(patches) + quantizer),
+        teacher=float(distill.needs_teacher) * (encode_image(patches) + quantizer),
     )
 
 

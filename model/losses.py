@@ -5,7 +5,8 @@ Every rank returns its share of a global weighted mean, times the number of rank
 (what data-parallel training does to gradients) is then the exact global mean, whatever the weights.
 Samples of weight 0 fill up short ranks: they are in no mean, and nobody's negatives.
 
-Shapes: b samples of this rank, M masked patches, K codewords, N hidden words, W vocabulary.
+Shapes: b samples of this rank, M masked patches, F values of a patch, K codewords, N hidden words,
+W vocabulary.
 """
 
 from typing import Protocol
@@ -75,6 +76,16 @@ def distill(logits_bMK: Tensor, targets_bMK: Tensor, temperature: float, share_b
     scaled_bMK = logits_bMK / temperature
     entropy_bM = scaled_bMK.logsumexp(dim=-1) - (targets_bMK * scaled_bMK).sum(dim=-1)
     return share_b @ entropy_bM.mean(dim=1)
+
+
+def regression(predicted_bMF: Tensor, target_bMF: Tensor, share_b: Tensor) -> Tensor:
+    """Mean squared error over masked patches and their F values, in fp32; the target gets no gradient.
+
+    Returns:
+        Scalar, this rank's share.
+    """
+    error_bMF = (predicted_bMF.float() - target_bMF.detach()).square()
+    return share_b @ error_bMF.mean(dim=(1, 2))
 
 
 def mlm(logits_NW: Tensor, words_N: Tensor, share_N: Tensor) -> Tensor:

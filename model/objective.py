@@ -1,7 +1,7 @@
 """MaskCLIP as one module: what is trained, and the loss of one step.
 
-Shapes: B batch of this rank, L tokens, D width, E shared space, V visible and M masked patches, K codewords,
-N hidden words, W vocabulary.
+Shapes: B batch of this rank, L tokens, D width, E shared space, V visible and M masked patches, F values of a
+patch, K codewords, N hidden words, W vocabulary.
 """
 
 import math
@@ -20,9 +20,10 @@ from model.losses import Collectives
 from model.masking import corrupt_tokens, split_patches
 from model.teacher import Teacher
 from model.text import TextTower, caption_lengths, cut_to_longest
-from model.vision import VisionTower
+from model.vision import VisionTower, patch_pixels
 
-INITIAL_TEMPERATURE = 0.07
+INITIAL_TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}  # CLIP's and SigLIP's
+INITIAL_BIAS = -10.0  # SigLIP's: at the start nearly every pair is a no
 MAX_LOGIT_SCALE = 100.0
 
 
@@ -34,12 +35,13 @@ class Output(NamedTuple):
     total: Tensor
     """Scalar, loss of the global batch."""
     terms: dict[str, Tensor]
-    """Scalars image_text, text_image, distill, mlm of the global batch, unweighted; absent if off."""
+    """Scalars image_text and text_image (or pairs, with SigLIP's loss), distill, mlm of the global batch,
+    unweighted; absent if off."""
     metrics: dict[str, Tensor]
-    """Scalars logit_scale and, with distillation, teacher_entropy (nats) and codeword_use (0..1, effective
-    share of the codewords: exp of the entropy of the batch's mean target, over K)."""
+    """Scalars logit_scale and, with codewords, teacher_entropy (nats) and codeword_use (0..1, effective share
+    of the codewords: exp of the entropy of the batch's mean target, over K)."""
     centre_K: Tensor | None
-    """Mean of the teacher's logits over the masked patches of the global batch; None without distillation."""
+    """Mean of the teacher's logits over the masked patches of the global batch; None without codewords."""
 
 
 class MaskClip(nn.Module):
@@ -58,7 +60,10 @@ class MaskClip(nn.Module):
             vision_width, text_width = config.vision.width, config.text.width
             self.image_projection = linear(vision_width, config.embed_dim, std=vision_width**-0.5, bias=False)
             self.text_projection = linear(text_width, config.embed_dim, std=text_width**-0.5, bias=False)
-            self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / INITIAL_TEMPERATURE)]))
+            temperature = INITIAL_TEMPERATURE[config.contrastive]
+            self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / temperature)]))
+            if config.contrastive == "sigmoid":
+                self.logit_bias = nn.Parameter(torch.tensor([INITIAL_BIAS]))
             self._build_branches()
 
     def _build_branches(self) -> None:
@@ -90,7 +95,12 @@ class Objective(MaskClip):
         config = self.config
         if config.distill.weight > 0:
             self.decoder = ImageDecoder(config.vision, config.distill, config.attention)
-            self.quantizer = Quantizer(config.vision.width, config.distill)
+            width = config.vision.width
+            if config.distill.target == "codewords":
+                self.quantizer = Quantizer(width, config.distill)
+            else:
+                outputs = width if config.distill.target == "features" else config.vision.patch_values
+                self.predictor = linear(width, outputs, std=0.02)
         if config.mlm.weight > 0:
             self.text_decoder = TextDecoder(config.text, config.mlm, config.attention)
             self.mlm_head = MlmHead(config.text)
@@ -107,7 +117,7 @@ class Objective(MaskClip):
         Args:
             batch: image [B, 3, H, W] (uint8 0..255 or float 0..1), tokens [B, L] int64, id and epoch [B]
                 int64, weight [B] (0: the sample only fills up).
-            teacher: None exactly if distillation is off.
+            teacher: None exactly if `config.distill.needs_teacher` is false.
             teacher_temperature: temperature of the teacher's soft codewords at this step.
             comm: the other ranks.
         """
@@ -115,20 +125,27 @@ class Objective(MaskClip):
         # Text first: it waits for the device (lengths), and should not wait for the long image passes.
         text_BE, text_terms = self._text_passes(batch, comm)
         image_BE = self.encode_image(batch["image"])
-        image_text, text_image = contrastive.info_nce(image_BE, text_BE, self.scale, share_B, comm)
-        terms = {"image_text": image_text, "text_image": text_image} | text_terms
+        terms = self._contrast(image_BE, text_BE, share_B, comm) | text_terms
         averages: dict[str, Tensor] = {}
         if self.config.distill.weight > 0:
-            assert teacher is not None, "distillation needs a teacher"
             terms["distill"], averages = self._distill_pass(batch, share_B, teacher, teacher_temperature)
         weights = {"distill": self.config.distill.weight, "mlm": self.config.mlm.weight}
         loss = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         return self._report(loss, terms, averages, comm)
 
+    def _contrast(
+        self, image_BE: Tensor, text_BE: Tensor, share_B: Tensor, comm: Collectives
+    ) -> dict[str, Tensor]:
+        if self.config.contrastive == "sigmoid":
+            bias = self.logit_bias.float()
+            return {"pairs": contrastive.sigmoid(image_BE, text_BE, self.scale, bias, share_B, comm)}
+        image_text, text_image = contrastive.info_nce(image_BE, text_BE, self.scale, share_B, comm)
+        return {"image_text": image_text, "text_image": text_image}
+
     def _text_passes(
         self, batch: Mapping[str, Tensor], comm: Collectives
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """[B, E] features of the captions, and the MLM term. Captions and masked captions share one pass."""
+        """[B, E] features of the captions, and the MLM term. Captions and masked captions go in one batch."""
         config = self.config
         tokens_BL = cut_to_longest(batch["tokens"], config.text)
         if config.mlm.weight == 0:
@@ -138,12 +155,13 @@ class Objective(MaskClip):
             self.seed, batch["epoch"], batch["id"], tokens_BL, config.mlm.mask_ratio, config.text
         )
         hidden_N = hidden_BL.flatten().nonzero().squeeze(1)
-        states_BLD, pooled_BD = self.text(torch.cat([tokens_BL, corrupted_BL]))
+        shared = config.mlm.text_pass == "shared"
+        states_BLD, pooled_BD = self.text(corrupted_BL if shared else torch.cat([tokens_BL, corrupted_BL]))
         captions, length = tokens_BL.shape
         keys_BL = (
             torch.arange(length, device=tokens_BL.device) < caption_lengths(tokens_BL, config.text)[:, None]
         )
-        decoded_BLD = self.text_decoder(states_BLD[captions:], keys_BL)
+        decoded_BLD = self.text_decoder(states_BLD[-captions:], keys_BL)
         decoded_ND = decoded_BLD.flatten(0, 1).index_select(0, hidden_N)
         logits_NW = self.mlm_head(decoded_ND, self.text.token_embedding.weight)
         weight_N = batch["weight"].float()[hidden_N // length]
@@ -151,22 +169,34 @@ class Objective(MaskClip):
         return self._project(self.text_projection, pooled_BD[:captions]), {"mlm": mlm}
 
     def _distill_pass(
-        self, batch: Mapping[str, Tensor], share_B: Tensor, teacher: Teacher, teacher_temperature: float
+        self,
+        batch: Mapping[str, Tensor],
+        share_B: Tensor,
+        teacher: Teacher | None,
+        teacher_temperature: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The distillation term, and this rank's shares of the averages that are reported."""
         config = self.config
         visible_BV, masked_BM = split_patches(
             self.seed, batch["epoch"], batch["id"], config.vision.num_patches, config.num_visible
         )
-        teacher_BMK = teacher(batch["image"], masked_BM)
-        targets_BMK = losses.teacher_targets(teacher_BMK, teacher.centre, teacher_temperature)
+        if config.distill.target == "pixels":
+            seen_BMX = patch_pixels(batch["image"], masked_BM, config.vision)
+        else:
+            assert teacher is not None, "distillation needs a teacher"
+            seen_BMX = teacher(batch["image"], masked_BM)
         tokens_BVD = self.vision(batch["image"], visible_BV)
-        logits_BMK = self.quantizer(self.decoder(tokens_BVD, visible_BV, masked_BM))
+        decoded_BMD = self.decoder(tokens_BVD, visible_BV, masked_BM)
+        if config.distill.target != "codewords":
+            return losses.regression(self.predictor(decoded_BMD), seen_BMX, share_B), {}
+        assert teacher is not None
+        targets_BMK = losses.teacher_targets(seen_BMX, teacher.centre, teacher_temperature)
+        logits_BMK = self.quantizer(decoded_BMD)
         term = losses.distill(logits_BMK, targets_BMK, config.distill.student_temperature, share_B)
         entropy_BM = torch.special.entr(targets_BMK).sum(dim=-1)
         return term, {
             "teacher_entropy": share_B @ entropy_BM.mean(dim=1),
-            "centre": share_B @ teacher_BMK.mean(dim=1),
+            "centre": share_B @ seen_BMX.mean(dim=1),
             "target": share_B @ targets_BMK.mean(dim=1),
         }
 

@@ -1,12 +1,13 @@
 """The mean teacher: an EMA copy of the image encoder and of the quantizer, without gradient.
 
-Shapes: B batch, M masked patches, K codewords.
+Shapes: B batch, M masked patches, D width, K codewords.
 """
 
 from collections.abc import Callable, Iterable
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.blocks import take_rows
@@ -14,14 +15,12 @@ from model.config import ModelConfig
 from model.heads import Quantizer
 from model.vision import VisionTower
 
-PARTS = ("vision", "quantizer")
-"""Submodules of the student that the teacher follows; its parameters bear the student's names."""
-
 
 class Teacher(nn.Module):
     """Sees the whole image and says what the student should predict at the masked patches.
 
-    `centre` is the running mean of its logits; it stays fp32 whatever the module is cast to.
+    Its parameters bear the student's names. `centre` is the running mean of its logits; it stays fp32
+    whatever the module is cast to, and is empty where features are the target.
     """
 
     centre: Tensor
@@ -31,16 +30,20 @@ class Teacher(nn.Module):
         # The values come from the student: building must not advance the caller's generator.
         with torch.random.fork_rng(devices=[]):
             self.vision = VisionTower(config.vision, config.attention)
-            self.quantizer = Quantizer(config.vision.width, config.distill)
-        self.register_buffer("centre", torch.zeros(config.distill.codewords))
+            codewords = config.distill.target == "codewords"
+            self.quantizer = Quantizer(config.vision.width, config.distill) if codewords else None
+        self.register_buffer("centre", torch.zeros(config.distill.codewords if codewords else 0))
         self.requires_grad_(False)
         self.eval()
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor, masked_BM: Tensor) -> Tensor:
-        """[B, 3, H, W] and places [B, M] -> [B, M, K] fp32 logits there, not centred."""
-        tokens_BPD = self.vision(images_BCHW)[:, 1:]
-        return self.quantizer(take_rows(tokens_BPD, masked_BM))
+        """[B, 3, H, W] and places [B, M] -> fp32 [B, M, K] logits there, not centred, or [B, M, D] features
+        of zero mean and unit variance."""
+        tokens_BMD = take_rows(self.vision(images_BCHW)[:, 1:], masked_BM)
+        if self.quantizer is None:
+            return F.layer_norm(tokens_BMD.float(), tokens_BMD.shape[-1:])
+        return self.quantizer(tokens_BMD)
 
     @torch.no_grad()
     def load_student(self, student: nn.Module) -> None:

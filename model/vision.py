@@ -36,6 +36,13 @@ def normalise_pixels(patches_BPChw: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack(channels, dim=2)
 
 
+def patch_pixels(images_BCHW: Tensor, index_BM: Tensor, config: VisionConfig) -> Tensor:
+    """[B, M, F] fp32 pixels of the patches that `index_BM` names, each patch of zero mean and unit variance
+    (MAE's target; not from the paper)."""
+    patches = take_rows(split_patches(images_BCHW, config.patch_size), index_BM).flatten(2).float()
+    return nn.functional.layer_norm(patches, patches.shape[-1:])
+
+
 class VisionTower(nn.Module):
     """Vision transformer; token 0 is the class token."""
 

@@ -71,7 +71,7 @@ def build_engine(config: TrainConfig, world: World) -> tuple[Engine, ShardedTeac
     objective = Objective(config.model, seed=config.run.seed)
     engine = Engine(objective, config, math.ceil(config.data.global_batch / world.size))
     teacher = None
-    if config.model.distill.weight > 0:
+    if config.model.distill.needs_teacher:
         teacher = Teacher(config.model)
         teacher.load_student(engine.objective)
         teacher = teacher.to(

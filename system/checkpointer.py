@@ -78,9 +78,15 @@ class Checkpointer:
                     tensors[f"{kind}/{fragment.parameter}/{fragment.saved_start}"] = (
                         run.detach().cpu().clone()
                     )
-        if self._teacher.module is not None and dist.get_rank() == 0:
-            tensors["/".join(map(str, CENTRE))] = self._teacher.module.centre.detach().cpu().clone()
+        if self._centre is not None and dist.get_rank() == 0:
+            tensors["/".join(map(str, CENTRE))] = self._centre.detach().cpu().clone()
         return tensors
+
+    @property
+    def _centre(self) -> torch.Tensor | None:
+        """Of the teacher's logits, where there are some."""
+        module = self._teacher.module
+        return module.centre if module is not None and module.centre.numel() else None
 
     def _digest(self) -> str:
         masters = [
@@ -184,9 +190,9 @@ class Checkpointer:
         for fragment, master in zip(self._teacher.held, self._teacher.masters, strict=True):
             runs.append(("teacher", fragment.parameter, fragment.start, fragment.length))
             targets.append(master)
-        if self._teacher.module is not None:
-            runs.append((*CENTRE, self._teacher.module.centre.numel()))
-            targets.append(self._teacher.module.centre)
+        if self._centre is not None:
+            runs.append((*CENTRE, self._centre.numel()))
+            targets.append(self._centre)
         with torch.no_grad():
             for target, values in zip(targets, reader.read(runs), strict=True):
                 target.copy_(values.view(target.shape))

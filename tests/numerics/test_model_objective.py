@@ -1,6 +1,7 @@
 """Laws of one step's forward and backward."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,69 @@ def test_every_parameter_learns(distill_weight: float, mlm_weight: float):
     assert all(parameter.dim() >= 1 for parameter in objective.parameters())
     on = {"image_text", "text_image"} | ({"distill"} if distill_weight else set())
     assert output.terms.keys() == on | ({"mlm"} if mlm_weight else set())
+
+
+@pytest.mark.parametrize("target", ["codewords", "features", "pixels"])
+@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("text_pass", ["own", "shared"])
+def test_every_parameter_learns_in_every_variant(target, contrast, text_pass):
+    config = make_config()
+    config = replace(
+        config,
+        contrastive=contrast,
+        distill=replace(config.distill, target=target),
+        mlm=replace(config.mlm, text_pass=text_pass),
+    )
+    objective = Objective(config, seed=1)
+    teacher = Teacher(config) if config.distill.needs_teacher else None
+    if teacher is not None:
+        teacher.load_student(objective)
+    output = step(objective, teacher, make_batch(config, 6))
+    without = [name for name, gradient in gradients(objective).items() if not gradient.any()]
+    assert without == []
+    contrast_terms = {"pairs"} if contrast == "sigmoid" else {"image_text", "text_image"}
+    assert output.terms.keys() == contrast_terms | {"distill", "mlm"}
+    assert (output.centre_K is not None) == (target == "codewords")
+
+
+def test_regression_targets_are_normalised_features_or_pixels_at_masked_patches():
+    for target in ("features", "pixels"):
+        config = make_config()
+        config = replace(config, distill=replace(config.distill, target=target))
+        objective = Objective(config, seed=1)
+        batch = make_batch(config, 4)
+        visible, masked = split_patches(
+            objective.seed, batch["epoch"], batch["id"], config.vision.num_patches, config.num_visible
+        )
+        teacher = None
+        if target == "features":
+            teacher = Teacher(config)
+            teacher.load_student(objective)
+            patches = teacher.vision(batch["image"])[:, 1:].double()
+        else:
+            patches = images_in_patches(batch["image"], config.vision.patch_size).double()
+        predicted = objective.predictor(
+            objective.decoder(objective.vision(batch["image"], visible), visible, masked)
+        )
+        expected = torch.zeros((), dtype=torch.float64)
+        for sample in range(4):
+            for place, patch in enumerate(masked[sample].tolist()):
+                values = patches[sample, patch]
+                wanted = (values - values.mean()) / (values.var(correction=0) + 1e-5).sqrt()
+                expected += (predicted[sample, place].double() - wanted).square().mean()
+        expected /= 4 * masked.shape[1]
+        assert relative_error(step(objective, teacher, batch).terms["distill"], expected) <= 1e-5
+
+
+def images_in_patches(images: Tensor, size: int) -> Tensor:
+    """[B, 3, H, W] -> [B, P, 3 * size * size], by slicing."""
+    side = images.shape[2] // size
+    patches = [
+        images[:, :, row * size : (row + 1) * size, column * size : (column + 1) * size].flatten(1)
+        for row in range(side)
+        for column in range(side)
+    ]
+    return torch.stack(patches, dim=1)
 
 
 def test_the_total_is_the_weighted_sum():

@@ -1,5 +1,8 @@
 """Laws of the towers, the teacher's average and the FLOP formula."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -10,7 +13,7 @@ from model.flops import flops_per_pair, parameter_counts
 from model.losses import SingleProcess
 from model.masking import corrupt_tokens
 from model.objective import Objective
-from model.teacher import ema_update_
+from model.teacher import Teacher, ema_update_
 from model.vision import IMAGE_MEAN, IMAGE_STD, VisionTower
 from tests.unit.model.samples import make_batch, make_config, make_pair, make_tokens, relative_error
 
@@ -89,9 +92,18 @@ def test_teacher_copies_the_student_and_follows_the_centre():
     assert torch.allclose(teacher.centre, torch.tensor(0.9 * 1e-4 + 0.1 * 2e-3), rtol=1e-6)
 
 
-def test_flops_are_what_is_counted():
+@pytest.mark.parametrize(
+    ("target", "text_pass"), [("codewords", "own"), ("features", "own"), ("pixels", "shared")]
+)
+def test_flops_are_what_is_counted(target, text_pass):
     config = make_config()
-    objective, teacher = make_pair(config)
+    config = replace(
+        config,
+        distill=replace(config.distill, target=target),
+        mlm=replace(config.mlm, text_pass=text_pass),
+    )
+    objective = Objective(config, seed=1)
+    teacher = Teacher(config) if config.distill.needs_teacher else None
     batch = make_batch(config, 4)
     batch["tokens"] = make_tokens([9, 9, 9, 9], config)
     _, hidden = corrupt_tokens(
@@ -103,12 +115,13 @@ def test_flops_are_what_is_counted():
         loss = objective(batch, teacher, 0.05, SingleProcess()).loss
         forward = counter.get_total_flops()
         loss.backward()
-    contrast = 2 * 2 * 4 * 4 * config.embed_dim
+    contrast = 2 * 4 * 4 * config.embed_dim  # one product forward; again and two more backward
     averages = 2 * 2 * 4 * config.distill.codewords  # centre and mean target, reported only
+    averages *= target == "codewords"
     assert forward == 4 * formula.forward + contrast + averages
     # Pixels need no gradient, so the patch embeddings' backward is half of what the formula says.
     pixels = 4 * 2 * (16 + 4) * 3 * config.vision.patch_size**2 * config.vision.width
-    assert counter.get_total_flops() == 4 * formula.training + 3 * contrast + averages - pixels
+    assert counter.get_total_flops() == 4 * formula.training + 4 * contrast + averages - pixels
 
 
 def test_parameter_counts_are_the_models():
