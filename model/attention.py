@@ -1,17 +1,20 @@
-"""One attention call over two kernels: xformers on CUDA, PyTorch's SDPA elsewhere.
+"""One attention call over three kernels: xformers on CUDA, PyTorch's SDPA elsewhere, plain products to check.
 
 Shapes: B batch, L tokens (queries and keys), H heads, D width of one head.
 """
 
 import logging
+from contextlib import nullcontext
 from functools import cache
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Backend = Literal["auto", "xformers", "sdpa"]
+Kernel = Literal["xformers", "sdpa", "math"]
+Backend = Literal["auto", "xformers", "sdpa", "math"]
 
 _BIAS_ALIGNMENT = 8  # xformers wants every row of a tensor bias to begin on 16 bytes
 
@@ -19,20 +22,26 @@ _logger = logging.getLogger(__name__)
 
 
 @cache
-def resolve_backend(requested: Backend, device_type: str) -> Literal["xformers", "sdpa"]:
+def resolve_backend(requested: Backend, device_type: str) -> Kernel:
     """The kernel that a request means on a device type ("cpu", "cuda", ...); chosen and logged once.
 
     Raises:
         RuntimeError: xformers was asked for and cannot run there.
     """
-    if requested == "sdpa":
-        return "sdpa"
+    if requested in ("sdpa", "math"):
+        return requested
     usable = device_type == "cuda" and _xformers_importable()
     if requested == "xformers" and not usable:
         raise RuntimeError(f"xformers cannot run on {device_type} here: set model.attention to auto or sdpa")
     chosen = "xformers" if usable else "sdpa"
     _logger.info("attention on %s: %s", device_type, chosen)
     return chosen
+
+
+def is_deterministic(kernel: Kernel, device_type: str) -> bool:
+    """Whether equal inputs give equal gradients to the bit. On CUDA the fused kernels add the gradients of
+    keys and values in the order in which blocks finish."""
+    return kernel == "math" or device_type == "cpu"
 
 
 def _xformers_importable() -> bool:
@@ -67,11 +76,15 @@ def attention(
         RuntimeError: see `resolve_backend`.
     """
     assert not (causal and keys_BL is not None), "causal and keys_BL exclude each other"
-    if resolve_backend(backend, q_BLHD.device.type) == "xformers":
+    kernel = resolve_backend(backend, q_BLHD.device.type)
+    if kernel == "xformers":
         return _xformers_attention(q_BLHD, k_BLHD, v_BLHD, causal, keys_BL)
     mask_B11L = None if keys_BL is None else keys_BL[:, None, None, :]
     q_BHLD, k_BHLD, v_BHLD = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
-    out_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, attn_mask=mask_B11L, is_causal=causal)
+    with sdpa_kernel(SDPBackend.MATH) if kernel == "math" else nullcontext():
+        out_BHLD = F.scaled_dot_product_attention(
+            q_BHLD, k_BHLD, v_BHLD, attn_mask=mask_B11L, is_causal=causal
+        )
     return out_BHLD.transpose(1, 2)
 
 

@@ -1,6 +1,6 @@
 """Pre-norm transformer blocks, as CLIP's, with CLIP's initialisation.
 
-Shapes: B batch, L tokens, D width, H heads.
+Shapes: B batch, L tokens, D width, H heads, T blocks.
 
 Initialisation (openai/CLIP, `CLIP.initialize_parameters`): normal, std D**-0.5 for the fused query/key/value,
 (2 D)**-0.5 for the MLP's first layer, D**-0.5 * (2 layers)**-0.5 for the two projections that write to the
@@ -10,6 +10,7 @@ residual stream; biases zero. Applied to every stack, the decoders included (not
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import Backend, attention
 
@@ -33,8 +34,14 @@ def normal_parameter(*shape: int, std: float) -> nn.Parameter:
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, width: int, heads: int, *, depth: int, backend: Backend) -> None:
-        """`depth` is the number of blocks in the stack (it scales the residual projections)."""
+    def __init__(
+        self, width: int, heads: int, *, depth: int, backend: Backend, layer_scale: float = 0.0
+    ) -> None:
+        """
+        Args:
+            depth: number of blocks in the stack (it scales the residual projections).
+            layer_scale: initial value of the learned factor on each branch; 0 for none.
+        """
         super().__init__()
         self.heads = heads
         self.backend: Backend = backend
@@ -45,15 +52,31 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp_in = linear(width, MLP_RATIO * width, std=(2 * width) ** -0.5)
         self.mlp_out = linear(MLP_RATIO * width, width, std=residual_std)
+        scaled = layer_scale > 0
+        self.attention_scale = nn.Parameter(torch.full((width,), layer_scale)) if scaled else None
+        self.mlp_scale = nn.Parameter(torch.full((width,), layer_scale)) if scaled else None
 
-    def forward(self, x_BLD: Tensor, causal: bool = False, keys_BL: Tensor | None = None) -> Tensor:
-        """[B, L, D] -> [B, L, D]; `keys_BL` is True where a token may be seen."""
+    def forward(
+        self,
+        x_BLD: Tensor,
+        causal: bool = False,
+        keys_BL: Tensor | None = None,
+        branch_2B: Tensor | None = None,
+    ) -> Tensor:
+        """[B, L, D] -> [B, L, D].
+
+        Args:
+            keys_BL: True where a token may be seen.
+            branch_2B: factor of each sample on the attention and on the MLP branch; 0 skips it.
+        """
         batch, length, width = x_BLD.shape
         qkv = F.linear(self.attention_norm(x_BLD), self.attention_qkv.weight, self._bias_without_keys())
         q_BLHD, k_BLHD, v_BLHD = qkv.view(batch, length, 3, self.heads, width // self.heads).unbind(2)
         seen = attention(q_BLHD, k_BLHD, v_BLHD, backend=self.backend, causal=causal, keys_BL=keys_BL)
-        x_BLD = x_BLD + self.attention_out(seen.reshape(batch, length, width))
-        return x_BLD + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x_BLD))))
+        branch_BLD = self.attention_out(seen.reshape(batch, length, width))
+        x_BLD = x_BLD + _scaled(branch_BLD, self.attention_scale, branch_2B, 0)
+        branch_BLD = self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x_BLD))))
+        return x_BLD + _scaled(branch_BLD, self.mlp_scale, branch_2B, 1)
 
     def _bias_without_keys(self) -> Tensor:
         """[3 D] with zeros for the keys: a bias on them shifts every score of a query alike, so softmax
@@ -66,18 +89,52 @@ class Block(nn.Module):
         return torch.cat((query_D, torch.zeros_like(key_D), value_D))
 
 
+def _scaled(branch_BLD: Tensor, scale_D: Tensor | None, branch_2B: Tensor | None, which: int) -> Tensor:
+    if scale_D is not None:
+        branch_BLD = branch_BLD * scale_D
+    if branch_2B is not None:
+        branch_BLD = branch_BLD * branch_2B[which, :, None, None].to(branch_BLD.dtype)
+    return branch_BLD
+
+
 class Transformer(nn.Module):
     """A stack of blocks and the final norm."""
 
-    def __init__(self, width: int, layers: int, heads: int, *, backend: Backend) -> None:
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        *,
+        backend: Backend,
+        recompute_every: int = 0,
+        layer_scale: float = 0.0,
+    ) -> None:
+        """`recompute_every`: see `ModelConfig`; `layer_scale`: see `Block`."""
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads, depth=layers, backend=backend) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, depth=layers, backend=backend, layer_scale=layer_scale) for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(width)
+        self.recompute_every = recompute_every
 
-    def forward(self, x_BLD: Tensor, causal: bool = False, keys_BL: Tensor | None = None) -> Tensor:
-        """[B, L, D] -> [B, L, D], normalised."""
-        for block in self.blocks:
-            x_BLD = block(x_BLD, causal, keys_BL)
+    def forward(
+        self,
+        x_BLD: Tensor,
+        causal: bool = False,
+        keys_BL: Tensor | None = None,
+        branch_T2B: Tensor | None = None,
+    ) -> Tensor:
+        """[B, L, D] -> [B, L, D], normalised; arguments as `Block.forward`, `branch_T2B` for every block."""
+        for number, block in enumerate(self.blocks):
+            branch_2B = None if branch_T2B is None else branch_T2B[number]
+            if self.recompute_every and number % self.recompute_every == 0 and torch.is_grad_enabled():
+                # Nothing in a block draws numbers, so the generators' states need not be kept.
+                x_BLD = checkpoint(
+                    block, x_BLD, causal, keys_BL, branch_2B, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_BLD = block(x_BLD, causal, keys_BL, branch_2B)
         return self.norm(x_BLD)
 
 

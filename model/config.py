@@ -40,9 +40,23 @@ class VisionConfig:
     """Transformer blocks."""
     heads: int
     """Attention heads of each block."""
+    layer_scale: float = 0.0
+    """Initial value of a learned factor on each residual branch (CaiT); 0: none (not from the paper)."""
+    stochastic_depth: float = 0.0
+    """Chance that a sample skips a branch of the last block, rising linearly from 0 at the first; keyed by
+    sample, scaled to keep the mean (not from the paper)."""
+    patch_dropout: float = 0.0
+    """Share of the patches that the contrastive pass leaves out, keyed by sample (FLIP; not from the
+    paper)."""
 
     def __post_init__(self) -> None:
         _check_transformer("model.vision", self.width, self.layers, self.heads)
+        _require(self.layer_scale >= 0, f"layer_scale {self.layer_scale}: set model.vision.layer_scale to 0+")
+        for name in ("stochastic_depth", "patch_dropout"):
+            _require(
+                0 <= getattr(self, name) < 1,
+                f"{name} {getattr(self, name)}: set model.vision.{name} from 0 to below 1",
+            )
         _require(
             self.patch_size >= 1
             and self.image_size >= 2 * self.patch_size
@@ -206,11 +220,19 @@ class ModelConfig:
     """Masked language modelling."""
     contrastive: Literal["softmax", "sigmoid"] = "softmax"
     """Loss over the pairs of the global batch: CLIP's in both directions (the paper's), or SigLIP's."""
-    attention: Literal["auto", "xformers", "sdpa"] = "auto"
-    """Attention kernel: auto takes xformers on CUDA where it is installed, PyTorch's SDPA elsewhere."""
+    attention: Literal["auto", "xformers", "sdpa", "math"] = "auto"
+    """Attention kernel: auto takes xformers on CUDA where it is installed, PyTorch's SDPA elsewhere; math is
+    plain products, slow and deterministic everywhere."""
+    recompute_every: int = 0
+    """Backward computes every n-th block again instead of keeping its activations; 1: all of them, 0: none of
+    them."""
 
     def __post_init__(self) -> None:
         _require(self.embed_dim >= 1, f"embed_dim is {self.embed_dim}: set model.embed_dim to 1 or more")
+        _require(
+            self.recompute_every >= 0,
+            f"recompute_every is {self.recompute_every}: set model.recompute_every to 0 or more",
+        )
         visible = self.num_visible
         _require(
             0 < visible < self.vision.num_patches,
@@ -221,6 +243,11 @@ class ModelConfig:
     def num_visible(self) -> int:
         """Patches that the student sees in its masked pass."""
         return round(self.vision.num_patches * (1 - self.distill.mask_ratio))
+
+    @property
+    def num_kept(self) -> int:
+        """Patches of the contrastive pass; at least one."""
+        return max(1, round(self.vision.num_patches * (1 - self.vision.patch_dropout)))
 
 
 def _section(

@@ -80,7 +80,7 @@ def flops_per_pair(config: ModelConfig, caption_tokens: float, hidden_words: flo
     encode_text = _transformer(text.width, text.layers, caption_tokens)
     distilling, predicting = float(distill.weight > 0), float(mlm.weight > 0)
     return StepFlops(
-        vision=encode_image(patches) + 2 * vision.width * config.embed_dim,
+        vision=encode_image(config.num_kept) + 2 * vision.width * config.embed_dim,
         vision_visible=distilling * encode_image(visible),
         text=encode_text + 2 * text.width * config.embed_dim,
         text_masked=predicting * encode_text * (mlm.text_pass == "own"),

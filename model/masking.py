@@ -3,7 +3,7 @@
 Nothing is drawn from a stream, so the masks of a sample are the same at any world size, batch position and
 device, and after any resume. The generator is splitmix64 in wrapping int64 (torch has no uint64 arithmetic).
 
-Shapes: B batch, L tokens, P patches, V visible and M masked patches.
+Shapes: B batch, L tokens, P patches, V visible and M masked patches, T blocks, N draws of a sample.
 """
 
 import torch
@@ -22,7 +22,7 @@ _MULTIPLY_1 = _signed(0xBF58476D1CE4E5B9)
 _MULTIPLY_2 = _signed(0x94D049BB133111EB)
 
 # One stream per use, so that no two decisions about a sample share their numbers.
-_PATCHES, _WORDS, _ACTIONS, _REPLACEMENTS = range(0x6D61736B, 0x6D61736B + 4)
+_PATCHES, _WORDS, _ACTIONS, _REPLACEMENTS, _KEPT, _DEPTH, _DEPTH_VISIBLE = range(0x6D61736B, 0x6D61736B + 7)
 
 _LAST = torch.iinfo(torch.int64).max
 
@@ -62,6 +62,25 @@ def split_patches(
     """
     order_BP = keyed_bits(seed, _PATCHES, epoch_B, id_B, num_patches).argsort(dim=1, stable=True)
     return order_BP[:, :keep].sort(dim=1).values, order_BP[:, keep:].sort(dim=1).values
+
+
+def kept_patches(seed: int, epoch_B: Tensor, id_B: Tensor, num_patches: int, keep: int) -> Tensor:
+    """[B, keep] ascending int64 indices of the patches that patch dropout leaves; independent of
+    `split_patches`."""
+    order_BP = keyed_bits(seed, _KEPT, epoch_B, id_B, num_patches).argsort(dim=1, stable=True)
+    return order_BP[:, :keep].sort(dim=1).values
+
+
+def branch_factors(
+    seed: int, epoch_B: Tensor, id_B: Tensor, layers: int, rate: float, *, visible: bool
+) -> Tensor:
+    """[layers, 2, B] fp32 factors of stochastic depth: 0 where a sample skips a branch, else 1 / (1 - rate of
+    the block). The rate rises linearly from 0 to `rate`. `visible`: for the pass of the visible patches."""
+    stream = _DEPTH_VISIBLE if visible else _DEPTH
+    bits_BN = keyed_bits(seed, stream, epoch_B, id_B, 2 * layers)
+    drawn_T2B = (_shift_right(bits_BN, 11).double() * 2.0**-53).T.reshape(layers, 2, -1)
+    rate_T11 = torch.linspace(0, rate, layers, dtype=torch.float64, device=id_B.device)[:, None, None]
+    return ((drawn_T2B >= rate_T11) / (1 - rate_T11)).float()
 
 
 def corrupt_tokens(

@@ -17,7 +17,7 @@ from model.blocks import linear
 from model.config import ModelConfig
 from model.heads import ImageDecoder, MlmHead, Quantizer, TextDecoder
 from model.losses import Collectives
-from model.masking import corrupt_tokens, split_patches
+from model.masking import branch_factors, corrupt_tokens, kept_patches, split_patches
 from model.teacher import Teacher
 from model.text import TextTower, caption_lengths, cut_to_longest
 from model.vision import VisionTower, patch_pixels
@@ -54,8 +54,11 @@ class MaskClip(nn.Module):
         self.seed = seed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.vision = VisionTower(config.vision, config.attention)
-            self.text = TextTower(config.text, config.attention, mask_token=config.mlm.weight > 0)
+            again = config.recompute_every
+            self.vision = VisionTower(config.vision, config.attention, again)
+            self.text = TextTower(
+                config.text, config.attention, mask_token=config.mlm.weight > 0, recompute_every=again
+            )
             # CLIP's init and no bias. Shape [1] and not a 0-d parameter, which DeepSpeed refuses in bf16.
             vision_width, text_width = config.vision.width, config.text.width
             self.image_projection = linear(vision_width, config.embed_dim, std=vision_width**-0.5, bias=False)
@@ -124,7 +127,7 @@ class Objective(MaskClip):
         share_B = losses.mean_shares(batch["weight"].float(), comm)
         # Text first: it waits for the device (lengths), and should not wait for the long image passes.
         text_BE, text_terms = self._text_passes(batch, comm)
-        image_BE = self.encode_image(batch["image"])
+        image_BE = self._image_pass(batch)
         terms = self._contrast(image_BE, text_BE, share_B, comm) | text_terms
         averages: dict[str, Tensor] = {}
         if self.config.distill.weight > 0:
@@ -132,6 +135,24 @@ class Objective(MaskClip):
         weights = {"distill": self.config.distill.weight, "mlm": self.config.mlm.weight}
         loss = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
         return self._report(loss, terms, averages, comm)
+
+    def _image_pass(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """[B, E] features of the images, or of the patches that patch dropout leaves."""
+        vision, kept_BV = self.config.vision, None
+        if vision.patch_dropout > 0:
+            kept_BV = kept_patches(
+                self.seed, batch["epoch"], batch["id"], vision.num_patches, self.config.num_kept
+            )
+        tokens_BPD = self.vision(batch["image"], kept_BV, self._branch_factors(batch, visible=False))
+        return self._project(self.image_projection, tokens_BPD[:, 0])
+
+    def _branch_factors(self, batch: Mapping[str, Tensor], *, visible: bool) -> Tensor | None:
+        vision = self.config.vision
+        if vision.stochastic_depth == 0:
+            return None
+        return branch_factors(
+            self.seed, batch["epoch"], batch["id"], vision.layers, vision.stochastic_depth, visible=visible
+        )
 
     def _contrast(
         self, image_BE: Tensor, text_BE: Tensor, share_B: Tensor, comm: Collectives
@@ -185,7 +206,7 @@ class Objective(MaskClip):
         else:
             assert teacher is not None, "distillation needs a teacher"
             seen_BMX = teacher(batch["image"], masked_BM)
-        tokens_BVD = self.vision(batch["image"], visible_BV)
+        tokens_BVD = self.vision(batch["image"], visible_BV, self._branch_factors(batch, visible=True))
         decoded_BMD = self.decoder(tokens_BVD, visible_BV, masked_BM)
         if config.distill.target != "codewords":
             return losses.regression(self.predictor(decoded_BMD), seen_BMX, share_B), {}

@@ -27,14 +27,18 @@ def cut_to_longest(tokens_BL: Tensor, config: TextConfig) -> Tensor:
 class TextTower(nn.Module):
     """Causal text transformer. With `mask_token` also a vector for hidden words (not from the paper)."""
 
-    def __init__(self, config: TextConfig, backend: Backend, *, mask_token: bool) -> None:
+    def __init__(
+        self, config: TextConfig, backend: Backend, *, mask_token: bool, recompute_every: int = 0
+    ) -> None:
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.mask_embedding = normal_parameter(config.width, std=0.02) if mask_token else None
         self.positions = normal_parameter(config.context_length, config.width, std=0.01)
-        self.transformer = Transformer(config.width, config.layers, config.heads, backend=backend)
+        self.transformer = Transformer(
+            config.width, config.layers, config.heads, backend=backend, recompute_every=recompute_every
+        )
 
     def forward(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Encode captions.

@@ -3,7 +3,7 @@
 Layout as in CLIP: patch embedding without bias, class token, learned positions, a norm before and after the
 blocks. Pixels are normalised with ImageNet's mean and std, as in SLIP's recipe (not from the paper).
 
-Shapes: B batch, C channels, P patches, V visible patches, F values of one patch, D width.
+Shapes: B batch, C channels, P patches, V visible patches, F values of one patch, D width, T blocks.
 """
 
 import torch
@@ -46,7 +46,7 @@ def patch_pixels(images_BCHW: Tensor, index_BM: Tensor, config: VisionConfig) ->
 class VisionTower(nn.Module):
     """Vision transformer; token 0 is the class token."""
 
-    def __init__(self, config: VisionConfig, backend: Backend) -> None:
+    def __init__(self, config: VisionConfig, backend: Backend, recompute_every: int = 0) -> None:
         super().__init__()
         self.patch_size = config.patch_size
         std = config.width**-0.5
@@ -54,14 +54,27 @@ class VisionTower(nn.Module):
         self.class_embedding = normal_parameter(config.width, std=std)
         self.positions = normal_parameter(1 + config.num_patches, config.width, std=std)
         self.input_norm = nn.LayerNorm(config.width)
-        self.transformer = Transformer(config.width, config.layers, config.heads, backend=backend)
+        self.transformer = Transformer(
+            config.width,
+            config.layers,
+            config.heads,
+            backend=backend,
+            recompute_every=recompute_every,
+            layer_scale=config.layer_scale,
+        )
 
-    def forward(self, images_BCHW: Tensor, visible_BV: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        images_BCHW: Tensor,
+        visible_BV: Tensor | None = None,
+        branch_T2B: Tensor | None = None,
+    ) -> Tensor:
         """Encode all patches, or only those that `visible_BV` names (the others cost nothing).
 
         Args:
             images_BCHW: uint8 0..255 or float 0..1, [B, 3, image_size, image_size].
             visible_BV: int64 indices of the patches to keep.
+            branch_T2B: factor of each sample on both branches of each block, for stochastic depth.
 
         Returns:
             [B, 1 + P, D] or [B, 1 + V, D] token features after the final norm, in the module's dtype.
@@ -74,4 +87,5 @@ class VisionTower(nn.Module):
         pixels_BPF = normalise_pixels(patches, self.patch_embedding.weight.dtype).flatten(2)
         x_BPD = self.patch_embedding(pixels_BPF) + positions_PD
         class_B1D = (self.class_embedding + self.positions[0]).expand(x_BPD.shape[0], 1, -1)
-        return self.transformer(self.input_norm(torch.cat([class_B1D, x_BPD], dim=1)))
+        x_BLD = self.input_norm(torch.cat([class_B1D, x_BPD], dim=1))
+        return self.transformer(x_BLD, branch_T2B=branch_T2B)

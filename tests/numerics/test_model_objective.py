@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.config import ModelConfig
 from model.losses import SingleProcess
 from model.masking import corrupt_tokens, split_patches
 from model.objective import Objective, Output
@@ -87,6 +88,44 @@ def test_every_parameter_learns_in_every_variant(target, contrast, text_pass):
     contrast_terms = {"pairs"} if contrast == "sigmoid" else {"image_text", "text_image"}
     assert output.terms.keys() == contrast_terms | {"distill", "mlm"}
     assert (output.centre_K is not None) == (target == "codewords")
+
+
+def with_depth(config: ModelConfig, **vision: float) -> ModelConfig:
+    return replace(config, vision=replace(config.vision, **vision))  # type: ignore[arg-type]
+
+
+def test_every_parameter_learns_with_layer_scale_stochastic_depth_and_patch_dropout():
+    config = with_depth(make_config(), layer_scale=0.1, stochastic_depth=0.3, patch_dropout=0.5)
+    output = step(*(pair := make_pair(config)), make_batch(config, 8))
+    assert output.loss.isfinite()
+    assert [name for name, gradient in gradients(pair[0]).items() if not gradient.any()] == []
+
+
+def test_a_skipped_branch_is_the_identity_for_its_sample_alone():
+    config = with_depth(make_config(), layer_scale=0.5)
+    tower = Objective(config, seed=1).vision
+    images = make_batch(config, 3)["image"]
+    factors = torch.ones(config.vision.layers, 2, 3)
+    factors[:, :, 1] = 0
+    tokens = tower(images, None, factors)
+    assert torch.allclose(tokens[[0, 2]], tower(images)[[0, 2]], atol=1e-6)
+    with torch.no_grad():
+        for name, parameter in tower.named_parameters():
+            if name.endswith(("attention_scale", "mlp_scale")):
+                parameter.zero_()
+    assert torch.allclose(tokens[1], tower(images)[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_recomputed_blocks_give_the_same_bits(every: int):
+    config = with_depth(make_config(), stochastic_depth=0.3)
+    batch = make_batch(config, 5)
+    results = []
+    for recompute_every in (0, every):
+        objective, teacher = make_pair(replace(config, recompute_every=recompute_every))
+        results.append((step(objective, teacher, batch).loss, gradients(objective)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])
 
 
 def test_regression_targets_are_normalised_features_or_pixels_at_masked_patches():

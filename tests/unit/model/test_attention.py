@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.attention import attention, padding_bias, resolve_backend
+from model.attention import Kernel, attention, is_deterministic, padding_bias, resolve_backend
 
 
 def inputs(
@@ -26,21 +26,39 @@ def test_what_is_asked_for_and_cannot_run_is_an_error():
         attention(*inputs(1, 3, 2, 8), backend="xformers")
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "math"])
 @pytest.mark.parametrize("mask", ["none", "causal", "keys"])
-def test_attention_is_the_softmax_of_scaled_products(mask: str):
-    q, k, v = inputs(3, 7, 2, 8)
+def test_attention_and_its_gradient_are_those_of_the_softmax_of_scaled_products(
+    mask: str, backend: Kernel
+) -> None:
+    q, k, v = (x.requires_grad_() for x in inputs(3, 7, 2, 8))
     keys = torch.arange(7) < torch.tensor([7, 4, 1])[:, None]
     hidden = torch.zeros(3, 1, 7, 7, dtype=torch.bool)
     if mask == "causal":
         hidden = torch.ones(7, 7, dtype=torch.bool).triu(1).expand(3, 1, 7, 7)
     elif mask == "keys":
         hidden = ~keys[:, None, None, :].expand(3, 1, 7, 7)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * 8**-0.5
-    expected = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v.double())
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    scores = torch.einsum("bqhd,bkhd->bhqk", exact[0], exact[1]) * 8**-0.5
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), exact[2])
     out = attention(
-        q, k, v, backend="auto", causal=mask == "causal", keys_BL=keys if mask == "keys" else None
+        q, k, v, backend=backend, causal=mask == "causal", keys_BL=keys if mask == "keys" else None
     )
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    out.backward(upstream)
+    expected.backward(upstream.double())
     assert torch.allclose(out.double(), expected, atol=1e-6)
+    for ours, theirs in zip((q, k, v), exact, strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert torch.allclose(ours.grad.double(), theirs.grad, atol=1e-6)
+
+
+def test_only_plain_products_are_deterministic_on_a_gpu():
+    assert is_deterministic("math", "cuda")
+    assert not is_deterministic("sdpa", "cuda")
+    assert not is_deterministic("xformers", "cuda")
+    assert is_deterministic("sdpa", "cpu")
 
 
 @pytest.mark.parametrize("length", [8, 13])

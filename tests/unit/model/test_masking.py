@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from model.config import preset
-from model.masking import corrupt_tokens, keyed_bits, split_patches
+from model.masking import branch_factors, corrupt_tokens, kept_patches, keyed_bits, split_patches
 from tests.unit.model.samples import make_tokens
 
 CONFIG = preset("test")
@@ -97,3 +97,28 @@ def test_corruption_belongs_to_its_sample_and_ignores_padding():
     assert torch.equal(alone[0], corrupted[2:3, :7])
     assert torch.equal(alone[1], hidden[2:3, :7])
     assert not torch.equal(corrupt_tokens(0, epoch + 1, id_, tokens, 0.2, TEXT)[1], hidden)
+
+
+def test_patch_dropout_keeps_an_exact_number_independent_of_the_masks():
+    epoch, ids = torch.zeros(500, dtype=torch.int64), torch.arange(500)
+    kept = kept_patches(3, epoch, ids, 16, 8)
+    assert kept.shape == (500, 8)
+    assert (kept.diff(dim=1) > 0).all()
+    visible, _ = split_patches(3, epoch, ids, 16, 8)
+    overlap = torch.stack([torch.isin(a, b).sum() for a, b in zip(kept, visible, strict=True)])
+    assert abs(float(overlap.float().mean()) - 4) < 0.2
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_stochastic_depth_belongs_to_its_sample_and_keeps_the_mean(rate: float):
+    epoch, ids = torch.zeros(4000, dtype=torch.int64), torch.arange(4000)
+    factors = branch_factors(3, epoch, ids, 5, rate, visible=False)
+    assert factors.shape == (5, 2, 4000)
+    assert (factors[0] == 1).all()  # the first block is never skipped
+    assert torch.allclose(factors.mean(dim=2), torch.ones(5, 2), atol=0.06)
+    skipped = (factors[-1] == 0).float().mean()
+    assert abs(float(skipped) - rate) < 0.03
+    order = torch.randperm(4000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(branch_factors(3, epoch, ids[order], 5, rate, visible=False), factors[:, :, order])
+    if rate:
+        assert not torch.equal(branch_factors(3, epoch, ids, 5, rate, visible=True), factors)
