@@ -22,16 +22,23 @@ setup(
         "torch>=2.10,<3",
         "deepspeed>=0.19.8,<0.20",
         "xformers>=0.0.35",
-        "ray>=2.50,<3",
+        "ray>=2.60,<3",
+        "pandas>=2.2",  # ray.data does not import without it
         "webdataset>=1.0,<2",
         "pyarrow>=20",
         "s3fs>=2026.1",
         "fsspec>=2026.1",
-        "aiohttp>=3.10",
+        "aiohttp>=3.12",
+        "yarl>=1.17",
+        "protego>=0.7",
         "botocore>=1.40",
         "safetensors>=0.5",
+        "zlib-ng>=1.0",  # CRC-32 at four times zlib's speed
         "numpy>=2.0",
         "pillow>=11",
+        "simplejpeg>=1.9,<2",  # strict and scaled JPEG decoding
+        "opencv-python-headless>=4.12,<5",  # resizing only
+        "py3langid>=0.4,<0.5",  # language of captions; the model is in the wheel
         "tokenizers>=0.21",
         "ftfy>=6.3",
         "pydantic>=2.10,<3",
@@ -50,6 +57,10 @@ setup(
             "ruff>=0.17.6,<0.18",  # another minor version formats differently
             "pyright[nodejs]>=1.1.414",  # its Node.js comes as a wheel, so that the machine needs none
             "ministack>=1.5.33",
+            # Weights and features are compared with these libraries themselves.
+            "open_clip_torch>=3.3,<4",
+            "transformers>=5.20,<6",
+            "torchvision",
             "pre-commit>=4",
         ],
         # The kernels come with the CUDA build of torch and with xformers, required everywhere already: what a

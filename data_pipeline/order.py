@@ -7,15 +7,17 @@ The law and its limits are written down in docs/resume-and-elasticity.md.
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.keyed import Permutation, mix, permute
+from data_pipeline.keyed import mix, permute, shuffled, unpermute
 
 SHARD_KEY = 1
 WINDOW_KEY = 2
-CACHED_EPOCHS = 4
+BATCH_KEY = 3
+CACHED_EPOCHS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,8 @@ class OrderConfig:
     seed: int = 0
     """Seed of the shuffle, of the crops and of everything else that is keyed by a sample."""
     streams: int = 64
-    """Places of the data set that are read side by side; a batch takes equally many samples from each."""
+    """Places of the data set that are read side by side, at most: a data set of fewer than `streams` times
+    `window_shards` shards has fewer. A batch takes equally many samples from each."""
     window_shards: int = 4
     """Samples are shuffled within windows of this many shards; more mix better and keep more shards open."""
 
@@ -53,15 +56,18 @@ class SampleOrder:
     """slot -> (epoch, shard, index in shard), O(1) in the slot and O(shards) in memory.
 
     Within an epoch the shards are permuted, laid end to end and cut into S runs whose lengths differ by at
-    most one. A run is cut into equal windows of at most `window_shards` mean shards, and samples are permuted
-    inside them. A global batch takes B/S consecutive positions from every run, stream-major, so a rank's
-    contiguous part of a batch touches few streams. Every epoch holds every sample once; no remainder is
-    dropped, whether B divides N or not.
+    most one. A run is cut into equal windows of about `window_shards` mean shards, and samples are permuted
+    inside them. A global batch takes B/S consecutive positions from every run; its places count run by run,
+    and its slots are a keyed permutation of its places. Every epoch holds every sample once; no remainder is
+    dropped, whether B divides N or not. May be used from several threads.
 
-    Raises ValueError: no samples, a negative shard size, B < S or B not a multiple of S.
+    S is the largest divisor of `OrderConfig.streams` at which a run has `window_shards` shards, and 1 where
+    there are not so many: windows are never cut short by the ends of runs.
+
+    Raises ValueError: no samples, a negative shard size, B < streams or B not a multiple of streams.
     """
 
-    def __init__(self, shard_sizes: Sequence[int], cfg: OrderConfig, global_batch: int) -> None:
+    def __init__(self, shard_sizes: Sequence[int] | np.ndarray, cfg: OrderConfig, global_batch: int) -> None:
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         if self._sizes.ndim != 1 or self._sizes.size == 0 or self._sizes.min() < 0 or self._sizes.sum() == 0:
             raise ValueError("the data set has no samples: preprocess some first")
@@ -73,54 +79,74 @@ class SampleOrder:
         self.num_samples = int(self._sizes.sum())
         self.global_batch = global_batch
         self._cfg = cfg
-        self._window = max(1, round(cfg.window_shards * self.num_samples / self._sizes.size))
+        shards = int(np.count_nonzero(self._sizes))
+        wanted = max(1, shards // cfg.window_shards)
+        self.streams = max(s for s in range(1, min(cfg.streams, wanted) + 1) if cfg.streams % s == 0)
+        self._window = max(1, round(cfg.window_shards * self.num_samples / shards))
         self._tables: OrderedDict[int, _EpochTable] = OrderedDict()
+        self._lock = Lock()
+
+    def slots(self, step: int, places: np.ndarray) -> np.ndarray:
+        """The slots at `places` (int array [n], 0 <= place < B) of the batch of `step`: int64 [n].
+
+        Neighbouring places lie in the same run. A rank that takes neighbouring places reads few shards.
+        """
+        return step * self.global_batch + permute(places, self.global_batch, self._batch_key(step))
 
     def locate(self, slots: np.ndarray) -> Located:
         """Locate any slots >= 0: int array [n], any order, any epochs. ValueError for a negative one."""
         g = np.asarray(slots, dtype=np.int64)
         if np.any(g < 0):
             raise ValueError("slots start at 0")
-        n_total, streams = self.num_samples, self._cfg.streams
-        per_stream = self.global_batch // streams
-        batch, j = np.divmod(g, self.global_batch)
-        stream, row = np.divmod(j, per_stream)
-        q = batch * self.global_batch + row * streams + stream
-        epoch, r = np.divmod(q, n_total)
+        batch, slot = np.divmod(g, self.global_batch)
+        return self.located(batch, unpermute(slot, self.global_batch, self._batch_key(batch)))
+
+    def locate_places(self, step: int, places: np.ndarray) -> Located:
+        """As `locate(slots(step, places))`, at half the cost."""
+        return self.located(np.int64(step), np.asarray(places, dtype=np.int64))
+
+    def _batch_key(self, batch: np.ndarray | int) -> np.ndarray:
+        return mix(self._cfg.seed, BATCH_KEY, batch)
+
+    def located(self, batch: np.ndarray | np.int64, place: np.ndarray) -> Located:
+        """Where the places of batches point to: two int64 arrays that broadcast to the shape of `place`."""
+        stream, row = np.divmod(place, self.global_batch // self.streams)
+        q = batch * self.global_batch + row * self.streams + stream
+        epoch, r = np.divmod(q, self.num_samples)
         laid = self._laid_position(epoch, r)
-        shard, index = np.empty_like(g), np.empty_like(g)
+        shard, index = np.empty_like(laid), np.empty_like(laid)
         for e in np.unique(epoch):
             here = epoch == e
             table = self._table(int(e))
             # side="right" steps over shards without samples, which share their start with the next one.
-            place = np.searchsorted(table.starts, laid[here], side="right") - 1
-            shard[here] = table.shard_order[place]
-            index[here] = laid[here] - table.starts[place]
+            at = np.searchsorted(table.starts, laid[here], side="right") - 1
+            shard[here] = table.shard_order[at]
+            index[here] = laid[here] - table.starts[at]
         return Located(epoch, shard, index)
 
     def _laid_position(self, epoch: np.ndarray, r: np.ndarray) -> np.ndarray:
         """Position in the epoch's laid-out order of the r-th sample that the epoch hands out."""
-        length, longer = divmod(self.num_samples, self._cfg.streams)
-        offset, run = np.divmod(r, self._cfg.streams)
+        length, longer = divmod(self.num_samples, self.streams)
+        offset, run = np.divmod(r, self.streams)
         run_start = run * length + np.minimum(run, longer)
         run_length = length + (run < longer)
-        # Windows of equal size: a short last one would leave its samples unshuffled.
-        windows = -(-run_length // self._window)
-        window = (
-            offset * windows + windows - 1
-        ) // run_length  # the last one that starts at or before offset
+        # Equal windows, as many as fit best: a short last one would leave its samples unshuffled.
+        windows = np.maximum(1, (run_length + self._window // 2) // self._window)
+        # The last window that starts at or before offset.
+        window = (offset * windows + windows - 1) // run_length
         start = window * run_length // windows
         size = (window + 1) * run_length // windows - start
         key = mix(self._cfg.seed, WINDOW_KEY, epoch, run, window)
         return run_start + start + permute(offset - start, size, key)
 
     def _table(self, epoch: int) -> _EpochTable:
-        table = self._tables.get(epoch)
-        if table is None:
-            key = int(mix(self._cfg.seed, SHARD_KEY, epoch))
-            shard_order = Permutation(self._sizes.size, key)(np.arange(self._sizes.size))
-            starts = np.concatenate([[0], np.cumsum(self._sizes[shard_order])])
-            table = self._tables[epoch] = _EpochTable(shard_order, starts)
-            if len(self._tables) > CACHED_EPOCHS:
-                self._tables.popitem(last=False)
-        return table
+        with self._lock:
+            table = self._tables.get(epoch)
+            if table is None:
+                shard_order = shuffled(self._sizes.size, mix(self._cfg.seed, SHARD_KEY, epoch))
+                starts = np.zeros(self._sizes.size + 1, dtype=np.int64)
+                np.cumsum(self._sizes[shard_order], out=starts[1:])
+                table = self._tables[epoch] = _EpochTable(shard_order, starts)
+                if len(self._tables) > CACHED_EPOCHS:
+                    self._tables.popitem(last=False)
+            return table

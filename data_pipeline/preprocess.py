@@ -1,42 +1,49 @@
-"""The preprocess job: raw input becomes a committed data set, one Ray task per chunk, one shard per chunk.
+"""The preprocess job: raw input becomes a committed data set in five stages.
 
-What is written depends on the input and the recipe alone, whatever the number of workers, their order or
-their deaths. The driver moves no image: a task reads its chunk, writes its shard to a local file, puts it
-into the store and answers with a record of the ledger. A rerun does only what the ledger lacks. The manifest
-comes last.
+    plan     list the input and cut it into chunks
+    stage    one Ray task per chunk: filter, download, check, decode, encode; what may pass is tried again
+    select   over the rows of all chunks: duplicates, and each kept row's place (metadata only, Ray Data)
+    write    one Ray task per output shard, from staged images
+    commit   check the books, put the manifest, delete what was staged
+
+What is committed depends on the input and the recipe alone, whatever the number of workers, their order or
+their deaths. The driver moves no image. Every finished task leaves a record in the ledger, and a rerun does
+only what the ledger lacks.
 """
 
-import hashlib
-import tempfile
+from __future__ import annotations
+
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from cluster import manifest as manifests
-from cluster.errors import ConfigError, DataError, ManifestMismatch
-from cluster.manifest import MANIFEST, Manifest, file_entry
+from cluster.errors import ConfigError, DataError, ManifestMismatch, StorageUnavailable
+from cluster.manifest import MANIFEST, Manifest
 from cluster.ray_tasks import ray_session, run_bounded
 from cluster.store import ObjectStore, open_store
 from data_pipeline import ledger
 from data_pipeline.catalog import describe
-from data_pipeline.ledger import ChunkRecord
-from data_pipeline.records import (
-    DATASET_KIND,
-    DATASET_VERSION,
-    REJECTS_NAME,
-    Reject,
-    Sample,
-    ShardInfo,
-    shard_names,
-)
-from data_pipeline.shard_writer import write_shard
-from data_pipeline.sources import Chunk, SourceConfig, plan_chunks, plan_digest, read_chunk
-from data_pipeline.transforms import TransformConfig, prepare
+from data_pipeline.dedup import DuplicateConfig
+from data_pipeline.download import DownloadConfig
+from data_pipeline.filters import FilterConfig, RowFilter, check_columns
+from data_pipeline.ledger import ShardRecord, StageRecord
+from data_pipeline.lists import lists_digest
+from data_pipeline.progress import Progress, Report
+from data_pipeline.records import DATASET_KIND, DATASET_VERSION, ShardInfo
+from data_pipeline.selection import Selection, ShardConfig, select_rows
+from data_pipeline.sources import Chunk, SourceConfig, plan_chunks, plan_digest
+from data_pipeline.staging import StageSettings, StageTask, stage_chunk
+from data_pipeline.transforms import TransformConfig
+from data_pipeline.write_stage import WriteTask, write_output_shard
+
+# Settings of the download that say how fast and how patiently, but not what: they may change between runs.
+_PACE = ("concurrency", "per_host", "per_host_rate", "look_ahead", "buffer_bytes", "retries", "backoff_base")
+_PACE += ("backoff_cap", "retry_after_cap", "connect_timeout", "read_timeout", "total_timeout", "contact")
+_PACE += ("robots_cache_size", "crawl_delay_cap")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,147 +54,234 @@ class PreprocessConfig:
     """The command that runs this recipe."""
     source: SourceConfig
     """The raw input."""
-    output: str
-    """Folder of the data set: a local one, or s3://bucket/prefix."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    """Rows that are not wanted."""
+    download: DownloadConfig = field(default_factory=DownloadConfig)
+    """How images of rows that have only an address are fetched."""
     transform: TransformConfig = field(default_factory=TransformConfig)
     """How images are stored."""
-    samples_per_shard: int = 4096
-    """Input rows per shard where the source is a folder; a tar becomes one shard, whatever it holds."""
-    window: int = 4
-    """Tasks in flight. Each needs a core, and local space for a raw tar and a shard."""
+    duplicates: DuplicateConfig = field(default_factory=DuplicateConfig)
+    """Which rows count as the same."""
+    shards: ShardConfig = field(default_factory=ShardConfig)
+    """How samples are spread over output shards."""
+    output: str
+    """Folder of the data set: a local one, or s3://bucket/prefix."""
+    window: int | None = None
+    """Tasks in flight, each with a core and local space for a raw tar or a shard; null: twice the cores."""
     retries: int = 2
     """Times that a task is run again when it fails or its worker dies; broken input is not tried again."""
+    retry_rounds: int = 1
+    """Times that rows whose download failed for what may pass are tried again in one run."""
+    accept_retriable: float = 0.05
+    """Share of rows that may be missing for what may pass; with more the job ends, and can be repeated."""
     workers: int | None = None
     """Cores of the local Ray that is started where no cluster is given; null: all of them."""
 
     def __post_init__(self) -> None:
         if not self.output:
             raise ValueError("output is empty: set output to the folder of the data set")
-        for name, least in (("samples_per_shard", 1), ("window", 1), ("retries", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: set {name} to {least} or more")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers is {self.workers}: set workers to 1 or more, or to null")
+        for name in ("retries", "retry_rounds"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: set {name} to 0 or more")
+        for name in ("window", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: set {name} to 1 or more, or to null")
+        if not 0 <= self.accept_retriable <= 1:
+            raise ValueError(f"accept_retriable is {self.accept_retriable}: set accept_retriable to 0 ... 1")
+        if self.duplicates.needs_fingerprints and not self.transform.fingerprints:
+            raise ValueError("duplicates needs the hashes of images: set transform.fingerprints to true")
 
 
 @dataclass(frozen=True)
 class PreprocessSummary:
-    """What a preprocess job did. `rejects` counts by reason; the other counts are of the whole data set."""
+    """What a preprocess job did. Counts are of the whole data set, `rejects` are dropped rows by reason."""
 
     samples: int
     shards: int
     rejects: dict[str, int]
-    skipped_shards: int
-    """Shards that an earlier run had finished."""
+    skipped: int
+    """Chunks and shards that an earlier run had finished."""
     seconds: float
     manifest_digest: str
     already_committed: bool
     """The data set was there, made from this input by this recipe, and nothing was done."""
 
 
-@dataclass(frozen=True)
-class ChunkTask:
-    """What a worker needs to make one shard. `digest` is the recipe's."""
-
-    chunk: Chunk
-    transform: TransformConfig
-    output: str
-    digest: str
-
-
-def run_preprocess(
-    config: PreprocessConfig, progress: Callable[[dict[str, Any]], None] | None = None
-) -> PreprocessSummary:
+def run_preprocess(config: PreprocessConfig, progress: Report | None = None) -> PreprocessSummary:
     """Make and commit the data set of `config`; a job that was killed is continued.
 
-    `progress` is called at the start and after every chunk with the counts so far: chunks, chunks_done,
-    samples, rejected, skipped.
+    `progress` is called at the start of each stage and after every task; `Progress.state` says with what.
 
     Raises:
-        ConfigError: the output lies inside the source.
-        DataError: there is no input, every row was rejected, or two rows have one id. Nothing is committed.
-        ShardCorrupt: a tar of the input is broken. Nothing is committed; the shards that are done stay done.
+        ConfigError: the output and the source overlap, or a list of the filters is not there.
+        DataError: there is no input, or no row is kept. Nothing is committed.
+        ShardCorrupt: a tar of the input is broken. Nothing is committed; what is done stays done.
+        StorageUnavailable: too many rows are missing for what may pass; the same call tries only these again.
         ManifestMismatch: the output holds, or was begun as, another data set.
     """
     start = time.monotonic()
     store = open_store(config.output)
-    _refuse_overlap(store, open_store(config.source.uri))
-    chunks = plan_chunks(config.source, config.samples_per_shard)
-    # The addresses are no part of it: the same data elsewhere give the same bytes, the manifest's included.
-    recipe = {"source": {"kind": config.source.kind}, "transform": asdict(config.transform)}
+    _refuse_overlap(store.uri, open_store(config.source.uri).uri)
+    check_columns(config.source, config.filters)
+    RowFilter(config.filters)  # a list that is not there is found now, and not by every task
+    chunks = plan_chunks(config.source)
+    recipe = recipe_of(config)
     inputs = {"chunks": len(chunks), "bytes": sum(c.size for c in chunks), "digest": plan_digest(chunks)}
-    digest = hashlib.sha256(ledger.canonical(recipe)).hexdigest()
     if store.exists(MANIFEST):
         return _already_committed(store, {"recipe": recipe, "inputs": inputs}, start)
-
     ledger.claim(store, recipe)
-    records = ledger.finished(store, digest, chunks)
-    skipped = len(records)
+    job = _Job(config, store, ledger.digest(recipe), Progress(progress))
+    with ray_session(config.workers):
+        rounds = job.stage(chunks)
+        selection = job.select(rounds)
+        shards = job.write(selection)
+    meta = {"recipe": recipe, "recipe_digest": job.recipe, "inputs": inputs, "format": config.shards.format}
+    manifest = job.commit(selection, shards, meta)
+    return _summary(store, manifest, start, job.skipped, already_committed=False)
 
-    def report() -> None:
-        if progress is not None:
-            progress(
-                {
-                    "chunks": len(chunks),
-                    "chunks_done": len(records),
-                    "samples": sum(r.kept for r in records.values()),
-                    "rejected": sum(r.rows_in - r.kept for r in records.values()),
-                    "skipped": skipped,
-                }
+
+def recipe_of(config: PreprocessConfig) -> dict[str, Any]:
+    """What the data set depends on besides its input, as plain JSON: no addresses and no matter of speed."""
+    parts = ("source", "filters", "download", "transform", "duplicates", "shards")
+    recipe = {name: asdict(getattr(config, name)) for name in parts}
+    del recipe["source"]["uri"]
+    for name in _PACE:
+        del recipe["download"][name]
+    if config.source.kind != "table":
+        del recipe["download"]  # nothing is fetched
+    for name in ("allow", "deny"):
+        recipe["filters"][name] = lists_digest(getattr(config.filters, name))
+    return json.loads(ledger.canonical(recipe))
+
+
+class _Job:
+    """The stages of one run."""
+
+    def __init__(self, config: PreprocessConfig, store: ObjectStore, recipe: str, progress: Progress) -> None:
+        self.config, self.store, self.recipe, self.progress = config, store, recipe, progress
+        self.skipped = 0
+
+    def stage(self, chunks: Sequence[Chunk]) -> list[list[StageRecord]]:
+        """The rounds of every chunk. Raises as `stage_chunk`, and StorageUnavailable as `run_preprocess`."""
+        config = self.config
+        settings = StageSettings(
+            output=self.store.uri,
+            recipe=self.recipe,
+            source=config.source,
+            filters=config.filters,
+            download=config.download,
+            transform=config.transform,
+        )
+        rounds = ledger.staged_rounds(self.store, self.recipe, chunks)
+        self.skipped += sum(bool(done) for done in rounds)
+        decided = ledger.decided(self.store, self.recipe, rounds)
+        earlier = any(done and done[-1].retriable for done in rounds)
+        todo = [StageTask(c, settings) for c, done in zip(chunks, rounds, strict=True) if not done]
+        self._stage("stage", rounds, todo, len(chunks))
+        # A run that was repeated for the sake of these rows tries them, whatever the recipe says.
+        for _ in range(0 if decided else max(config.retry_rounds, int(earlier))):
+            pairs = zip(chunks, rounds, strict=True)
+            todo = [StageTask(c, settings, done[-1]) for c, done in pairs if done[-1].retriable]
+            if not todo:
+                break
+            self._stage("retry", rounds, todo, len(todo))
+        if not decided:
+            _refuse_many_retriable(self.store, rounds, config.accept_retriable)
+        return rounds
+
+    def select(self, rounds: list[list[StageRecord]]) -> Selection:
+        """The fate of every row. Raises as `select_rows`, and DataError when the books do not balance."""
+        self.progress.begin("select", 1)
+        staged = [[record.rows for record in done] for done in rounds]
+        chosen = select_rows(self.store.uri, staged, self.config.duplicates, self.config.shards)
+        rows_in, dropped = sum(done[0].rows_in for done in rounds), sum(chosen.dropped.values())
+        if not rows_in == chosen.rows_in == chosen.samples + dropped:
+            raise DataError(
+                f"{self.store.uri}: {rows_in} rows in, but {chosen.rows_in} were decided on, "
+                f"{chosen.samples} kept and {dropped} dropped; delete the folder and run again"
             )
+        if chosen.samples == 0:
+            reasons = ", ".join(f"{reason} {n}" for reason, n in chosen.dropped.items()) or "it has no rows"
+            raise DataError(f"{self.store.uri}: the data set would be empty, no row is usable ({reasons})")
+        ledger.decide(self.store, self.recipe, rounds)
+        self.progress.selected(chosen.rows_in, chosen.samples)
+        return chosen
 
-    report()
-    todo = [ChunkTask(c, config.transform, store.uri, digest) for c in chunks if c.index not in records]
-    if todo:
-        with ray_session(config.workers):
-            for i, record in run_bounded(process_chunk, todo, window=config.window, retries=config.retries):
-                records[todo[i].chunk.index] = record
-                report()
-    ordered = [records[c.index] for c in chunks]
-    manifest = _commit(store, digest, ordered, {"recipe": recipe, "recipe_digest": digest, "inputs": inputs})
-    return _summary(store, manifest, start, skipped, already_committed=False)
+    def write(self, chosen: Selection) -> list[ShardRecord]:
+        """The written shards, in order. Raises as `write_output_shard`."""
+        plan = ledger.digest(asdict(chosen))
+        done = ledger.written_shards(self.store, self.recipe, plan)
+        wanted = [index for index, size in enumerate(chosen.shard_sizes) if size]
+        todo = [
+            WriteTask(
+                index, self.store.uri, self.recipe, plan, chosen.shards_per_part, self.config.shards.format
+            )
+            for index in wanted
+            if index not in done
+        ]
+        self.skipped += len(done)
+        self.progress.begin("write", len(wanted), len(done))
+        for record in self._run(write_output_shard, todo):
+            done[record.index] = record
+            self.progress.written(record.num_samples)
+        for index in wanted:
+            if done[index].num_samples != chosen.shard_sizes[index]:
+                raise DataError(
+                    f"{self.store.uri}/{done[index].files[0].name}: {done[index].num_samples} samples, but "
+                    f"{chosen.shard_sizes[index]} were planned; delete the folder and run again"
+                )
+        return [done[index] for index in wanted]
+
+    def commit(self, chosen: Selection, shards: Sequence[ShardRecord], meta: dict[str, Any]) -> Manifest:
+        """Put the manifest, then delete what was only needed to get there."""
+        self.progress.begin("commit", 1)
+        infos = [ShardInfo(r.files[0].name, r.files[-1].name, r.num_samples, r.files[0].size) for r in shards]
+        counts = {"rows_in": chosen.rows_in, "kept": chosen.samples, "dropped": sum(chosen.dropped.values())}
+        counts |= {f"dropped/{reason}": n for reason, n in chosen.dropped.items()}
+        files = (*(entry for record in shards for entry in record.files), *chosen.rows)
+        meta = {**meta, "counts": counts, "shards": [asdict(info) for info in infos]}
+        for prefix in ledger.OUTPUTS:  # of an attempt before the input changed
+            ledger.delete_under(self.store, prefix, keep=[entry.name for entry in files])
+        manifest = Manifest(DATASET_KIND, DATASET_VERSION, files, meta)
+        manifests.commit(self.store, manifest)
+        ledger.clean_up(self.store)
+        self.progress.committed()
+        return manifest
+
+    def _stage(
+        self, name: str, rounds: list[list[StageRecord]], todo: Sequence[StageTask], total: int
+    ) -> None:
+        skipped = total - len(todo)
+        self.progress.begin(name, total, skipped, (record for done in rounds for record in done))
+        for record in self._run(stage_chunk, todo):
+            rounds[record.chunk].append(record)
+            self.progress.staged(record)
+
+    def _run(self, fn: Callable[[Any], Any], todo: Sequence[Any]) -> Iterator[Any]:
+        config = self.config
+        results = run_bounded(fn, todo, window=config.window, retries=config.retries, label=str)
+        return (record for _, record in results)
 
 
-def process_chunk(task: ChunkTask) -> ChunkRecord:
-    """Make the shard of one chunk and enter it into the ledger; runs in a worker. Raises as `read_chunk`."""
-    store = open_store(task.output)
-    tar_name, index_name = shard_names(task.chunk.index)
-    rows_in = 0
-    ids: list[int] = []
-    rejects: list[Reject] = []
-
-    def kept() -> Iterator[Sample]:
-        nonlocal rows_in
-        for row in read_chunk(task.chunk):
-            rows_in += 1
-            result = row if isinstance(row, Reject) else prepare(row, task.transform)
-            if isinstance(result, Reject):
-                rejects.append(result)
-            else:
-                ids.append(result.id)
-                yield result
-
-    with tempfile.TemporaryDirectory(prefix="maskclip-") as name:
-        folder = Path(name)
-        shard = write_shard(kept(), folder / tar_name, folder / index_name)
-        ledger.write_rows(folder / "rows", ids, rejects)
-        files = tuple(file_entry(folder / n, n) for n in (tar_name, index_name)) if shard.num_samples else ()
-        for entry in files:
-            store.put_file(entry.name, folder / entry.name)
-        rows = file_entry(folder / "rows", ledger.rows_name(task.digest, task.chunk.index))
-        store.put_file(rows.name, folder / "rows")
-    rejected = dict(sorted(Counter(reject.reason for reject in rejects).items()))
-    record = ChunkRecord(
-        task.chunk.names, task.chunk.size, rows_in, shard.num_samples, rejected, files=files, rows=rows
-    )
-    # False: a twin of this task, of a driver that was killed, was faster; its bytes are the same.
-    store.put_if_absent(ledger.record_name(task.digest, task.chunk.index), record.to_bytes())
-    return record
+def _refuse_overlap(output: str, source: str) -> None:
+    if f"{output}/".startswith(f"{source}/"):
+        raise ConfigError(f"{output}: lies inside the source {source}; choose another output")
+    if f"{source}/".startswith(f"{output}/"):
+        raise ConfigError(f"{source}: lies inside the output {output}; choose another output")
 
 
-def _refuse_overlap(output: ObjectStore, source: ObjectStore) -> None:
-    if f"{output.uri}/".startswith(f"{source.uri}/"):
-        raise ConfigError(f"{output.uri}: lies inside the source {source.uri}; choose another output")
+def _refuse_many_retriable(
+    store: ObjectStore, rounds: Sequence[Sequence[StageRecord]], accepted: float
+) -> None:
+    rows = sum(done[0].rows_in for done in rounds)
+    missing = sum((Counter(done[-1].retriable) for done in rounds), Counter[str]())
+    if missing.total() > accepted * rows:
+        reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(missing.items()))
+        raise StorageUnavailable(
+            f"{store.uri}: {missing.total()} of {rows} rows are missing for what may pass ({reasons}), more "
+            f"than {accepted:.0%}; run the same command again, it tries only these, or raise accept_retriable"
+        )
 
 
 def _already_committed(store: ObjectStore, wanted: dict[str, Any], start: float) -> PreprocessSummary:
@@ -198,51 +292,9 @@ def _already_committed(store: ObjectStore, wanted: dict[str, Any], start: float)
             raise ManifestMismatch(
                 f"{store.uri}: has a data set made {how}, which is never overwritten; choose another output"
             )
-    return _summary(store, manifest, start, skipped=len(manifest.meta["shards"]), already_committed=True)
-
-
-def _commit(
-    store: ObjectStore, digest: str, records: Sequence[ChunkRecord], meta: dict[str, Any]
-) -> Manifest:
-    """Check the books, write the rejects and then the manifest."""
-    rejected: Counter[str] = Counter()
-    for record in records:
-        rejected.update(record.rejected)
-    rows_in, kept = sum(r.rows_in for r in records), sum(r.kept for r in records)
-    if kept == 0:
-        reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(rejected.items())) or "it has no rows"
-        raise DataError(f"{store.uri}: the data set would be empty, no row is usable ({reasons})")
-    with tempfile.TemporaryDirectory(prefix="maskclip-") as folder:
-        path = Path(folder) / REJECTS_NAME
-        names = [ledger.rows_name(digest, i) for i in range(len(records))]
-        ids, num_rejects = ledger.gather_rows(store, names, path)
-        store.put_file(REJECTS_NAME, path)
-        rejects = file_entry(path, REJECTS_NAME)
-    if not (rows_in == kept + rejected.total() and kept == len(ids) and rejected.total() == num_rejects):
-        raise DataError(
-            f"{store.uri}: {rows_in} rows in, {kept} kept, {rejected.total()} rejected, but the ledger has "
-            f"{len(ids)} and {num_rejects}; delete the folder and run again"
-        )
-    _require_unique(store, ids)
-    shards = [
-        ShardInfo(r.files[0].name, r.files[1].name, r.kept, r.files[0].size) for r in records if r.files
-    ]
-    counts = {"rows_in": rows_in, "kept": kept, "rejected": rejected.total()}
-    counts.update({f"rejected/{reason}": n for reason, n in rejected.items()})
-    files = (*(entry for r in records for entry in r.files), rejects)
-    meta = {**meta, "counts": counts, "shards": [asdict(shard) for shard in shards]}
-    manifest = Manifest(DATASET_KIND, DATASET_VERSION, files, meta)
-    manifests.commit(store, manifest)
-    return manifest
-
-
-def _require_unique(store: ObjectStore, ids: np.ndarray) -> None:
-    values, times = np.unique(ids, return_counts=True)
-    if times.max() > 1:
-        raise DataError(
-            f"{store.uri}: {int((times > 1).sum())} ids belong to several samples, such as "
-            f"{values[times.argmax()]}; rename the tars or keys of the input"
-        )
+    ledger.clean_up(store)
+    skipped = wanted["inputs"]["chunks"] + len(manifest.meta["shards"])
+    return _summary(store, manifest, start, skipped, already_committed=True)
 
 
 def _summary(
@@ -253,7 +305,7 @@ def _summary(
         samples=dataset.num_samples,
         shards=len(dataset.shards),
         rejects=dataset.rejects,
-        skipped_shards=skipped,
+        skipped=skipped,
         seconds=time.monotonic() - start,
         manifest_digest=dataset.digest,
         already_committed=already_committed,

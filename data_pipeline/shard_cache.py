@@ -15,15 +15,37 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 from cluster.errors import ConfigError, ShardCorrupt
 from cluster.manifest import FileEntry, sha256_file
 from cluster.store import ObjectStore
 from data_pipeline.catalog import DatasetManifest
 
-LOCKS = 64  # a fixed number of lock files, whatever the number of shards
+LOCKS = 1024  # a fixed number of lock files, whatever the number of shards; two shards seldom share one
 EVICTION = "eviction"
+
+
+@dataclass
+class CacheCounters:
+    """What one process did; sums over its threads."""
+
+    hits: int = 0
+    """Files that were asked for and were there."""
+    misses: int = 0
+    """Files that had to be copied."""
+    bytes_copied: int = 0
+    evictions: int = 0
+    """Files deleted to make room."""
+    bytes_evicted: int = 0
+    range_reads: int = 0
+    """Reads of a part of a shard that was not worth a copy."""
+    bytes_ranged: int = 0
+
+    def __add__(self, other: CacheCounters) -> CacheCounters:
+        return CacheCounters(**{name: value + vars(other)[name] for name, value in vars(self).items()})
 
 
 class ShardCache:
@@ -35,10 +57,12 @@ class ShardCache:
 
     def __init__(self, store: ObjectStore, dataset: DatasetManifest, folder: Path, budget_bytes: int) -> None:
         self.folder = folder / dataset.digest[:16]
+        self.counters = CacheCounters()
+        self._counting = Lock()
         self._store = store
         self._dataset = dataset
-        self._budget = budget_bytes
-        largest = max(sum(e.size for e in self._entries(shard)) for shard in range(len(dataset.shards)))
+        self.budget_bytes = budget_bytes
+        largest = max(sum(e.size for e in set(self._entries(shard))) for shard in range(len(dataset.shards)))
         if largest > budget_bytes:
             raise ConfigError(
                 f"{folder}: a cache of {budget_bytes} bytes cannot hold the largest shard of {dataset.uri}, "
@@ -50,7 +74,7 @@ class ShardCache:
         self._incoming.mkdir(exist_ok=True)
 
     def paths(self, shard: int) -> tuple[Path, Path]:
-        """Local tar and index of a shard, copied first if they are not there, and marked as just used.
+        """Local file and index of a shard, copied first if they are not there, and marked as just used.
 
         Another process may evict them at once: open them, and ask again on FileNotFoundError.
 
@@ -58,17 +82,48 @@ class ShardCache:
             ShardCorrupt: what the store holds is not what the manifest says.
             ObjectNotFound, StorageUnavailable: from the store.
         """
-        entries = self._entries(shard)
-        tar, index = (self.folder / entry.name for entry in entries)
-        if not _touch(tar, index):
-            lock = f"{zlib.crc32(tar.name.encode()) % LOCKS:02d}"
-            with self._locked(lock):
-                if not _touch(tar, index):  # it may have come while we waited
-                    self._make_room(sum(entry.size for entry in entries))
-                    for entry in entries:
-                        self._copy(entry, self._incoming / lock)
-                    _touch(tar, index)
-        return tar, index
+        file, index = self._entries(shard)
+        self._hold(file, index)
+        return self.folder / file.name, self.folder / index.name
+
+    def index_path(self, shard: int) -> Path:
+        """As `paths`, for the index alone; in format arrow that is the shard itself."""
+        index = self._entries(shard)[1]
+        self._hold(index)
+        return self.folder / index.name
+
+    def holds(self, shard: int) -> bool:
+        """Whether the whole shard is here now; marks nothing as used."""
+        return all((self.folder / entry.name).exists() for entry in self._entries(shard))
+
+    def read_range(self, shard: int, start: int, length: int) -> bytes:
+        """Bytes of a shard's file straight from the store, not verified; raises what the store raises."""
+        data = self._store.get_range(self._entries(shard)[0].name, start, length)
+        self._count(range_reads=1, bytes_ranged=len(data))
+        return data
+
+    def _hold(self, *entries: FileEntry) -> None:
+        """Copy what is not there of a shard's files, and mark all as just used."""
+        entries = tuple(dict.fromkeys(entries))
+        paths = [self.folder / entry.name for entry in entries]
+        if _touch(*paths):
+            self._count(hits=len(entries))
+            return
+        # The lock is the shard's: named after the file that it always has.
+        lock = f"{zlib.crc32(entries[-1].name.encode()) % LOCKS:04d}"
+        with self._locked(lock):
+            missing = [entry for entry, path in zip(entries, paths, strict=True) if not path.exists()]
+            if missing:  # they may have come while we waited
+                self._make_room(sum(entry.size for entry in missing))
+                for entry in missing:
+                    self._copy(entry, self._incoming / lock)
+            _touch(*paths)
+        self._count(hits=len(entries) - len(missing), misses=len(missing))
+
+    def _count(self, **more: int) -> None:
+        with self._counting:
+            for name, number in more.items():
+                setattr(self.counters, name, getattr(self.counters, name) + number)
 
     def discard(self, shard: int) -> None:
         """Delete the copy of a shard, for one that turned out to be damaged."""
@@ -92,6 +147,7 @@ class ShardCache:
                 "restore the file or preprocess again"
             )
         arrived.replace(self.folder / entry.name)
+        self._count(bytes_copied=entry.size)
 
     def _make_room(self, needed: int) -> None:
         with self._locked(EVICTION):
@@ -103,10 +159,11 @@ class ShardCache:
             found = [(path, path.stat()) for path in self.folder.iterdir() if path.is_file()]
             used = sum(stat.st_size for _, stat in found)
             for path, stat in sorted(found, key=lambda item: item[1].st_mtime_ns):
-                if used + needed <= self._budget:
+                if used + needed <= self.budget_bytes:
                     return
                 path.unlink(missing_ok=True)
                 used -= stat.st_size
+                self._count(evictions=1, bytes_evicted=stat.st_size)
 
     @contextmanager
     def _locked(self, name: str, wait: bool = True) -> Iterator[bool]:

@@ -1,65 +1,86 @@
-"""Random access to the samples of committed shards: a row of the index, a read of the tar, a checksum."""
+"""Random access to the samples of one committed shard, of either format: a row of its index, one read, one
+checksum. `dataset_reader.py` reads a whole data set.
+
+Columns are read where Arrow put them, in the mapped file: opening a shard costs the same for any number of
+samples, and a sample costs a read, a CRC and a few slices.
+"""
 
 from __future__ import annotations
 
 import os
-import zlib
-from collections import OrderedDict
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
+from zlib_ng.zlib_ng import crc32  # the CRC of zlib, four times as fast; it is most of a read's time
 
-from cluster.errors import ConfigError, ObjectNotFound, ShardCorrupt, StorageUnavailable
-from cluster.manifest import sha256_file
-from cluster.store import open_store
-from cluster.store_local import LocalStore
-from data_pipeline.catalog import DatasetManifest, read_index
-from data_pipeline.shard_cache import ShardCache
+from cluster.errors import ShardCorrupt
+from data_pipeline.catalog import read_index
 
-OPEN_SHARDS = 256  # two descriptors each; the usual limit of a process is 1024
-OPEN_ATTEMPTS = 5
+FetchImage = Callable[[int, int, int], "bytes | memoryview"]
+"""Row, offset in the shard's file, size -> the bytes there."""
 
 
 class StoredSample(NamedTuple):
-    """One sample as it is stored; `image` is the encoded file."""
+    """One sample as it is stored; `image` is the encoded file, in format arrow a view of the mapped shard."""
 
     id: int
     key: str
     caption: str
-    image: bytes
+    image: bytes | memoryview
     width: int
     height: int
-    source: str
+
+
+_make = tuple.__new__  # what StoredSample(...) calls, without the call in between
 
 
 class ShardReader:
-    """One shard: the index mapped into memory, the tar read in place. `close` frees the tar's descriptor.
+    """One shard: the index mapped into memory, images read in place. `close` frees the descriptor.
 
-    Raises FileNotFoundError when a file is absent, ShardCorrupt when the index cannot be read.
+    In format arrow the two paths are equal and images are views of the mapping: no byte is copied, and a file
+    that somebody shortens while it is open kills the process (SIGBUS). Committed files do not change.
+    With `fetch` images are read by it, and `path` only names the shard in errors.
+
+    Raises FileNotFoundError when a file is absent, ShardCorrupt or ManifestMismatch when the index cannot be
+    read.
     """
 
-    def __init__(self, tar_path: Path, index_path: Path) -> None:
-        self._name = str(tar_path)
-        with open(index_path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:  # an empty file cannot be mapped
-                raise ShardCorrupt(f"{index_path}: the index is empty; copy the shard again")
-        with pa.memory_map(str(index_path)) as mapped:
-            table = read_index(mapped.read_buffer(), str(index_path)).combine_chunks()
+    def __init__(self, path: Path | str, index_path: Path, fetch: FetchImage | None = None) -> None:
+        self._name = str(path)
+        self._descriptor: int | None = None
+        mapped = _mapped(index_path)
+        table = read_index(mapped, str(index_path))
+        self.table = table.drop_columns("image") if path == index_path else table
+        """The columns of the index, without the images: one row per sample."""
         self._rows = table.num_rows
-        self._numbers = {
-            name: table[name].to_numpy()
-            for name in ("id", "width", "height", "image_offset", "image_size", "image_crc32")
-        }
-        self._texts = {name: table[name] for name in ("key", "caption", "source")}
-        self._descriptor = os.open(tar_path, os.O_RDONLY | os.O_CLOEXEC)
+        self._ids, self._widths, self._heights, self._sizes, self._crcs = (
+            _numbers(table[name]) for name in ("id", "width", "height", "image_size", "image_crc32")
+        )
+        self._keys, self._captions = _texts(table["key"]), _texts(table["caption"])
+        self._fetch = fetch
+        self._whole = memoryview(mapped).cast("B")
+        if path == index_path:
+            self._offsets = _places(table["image"], mapped)
+        else:
+            self._offsets = _numbers(table["image_offset"])
+            if fetch is None:
+                self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __len__(self) -> int:
         return self._rows
 
     def close(self) -> None:
-        """Close the tar; the reader cannot be used afterwards."""
-        os.close(self._descriptor)
+        """Close the file; the reader cannot be used afterwards. Images that it gave stay valid."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Offset and size of the image of row `index` in the shard's file."""
+        return self._offsets[index], self._sizes[index]
 
     def sample(self, index: int) -> StoredSample:
         """The sample in row `index`.
@@ -68,123 +89,79 @@ class ShardReader:
             IndexError: there is no such row.
             ShardCorrupt: the image's bytes are not those that were written; names the shard and the key.
         """
-        if not 0 <= index < self._rows:
-            raise IndexError(f"{self._name}: no row {index}, the shard has {self._rows}")
-        number = {name: int(column[index]) for name, column in self._numbers.items()}
-        text = {name: column[index].as_py() for name, column in self._texts.items()}
-        offset, size = number["image_offset"], number["image_size"]
-        image = os.pread(self._descriptor, size, offset)
-        if len(image) != size or zlib.crc32(image) != number["image_crc32"]:
-            what = (
-                f"ends after {len(image)} of {size} bytes" if len(image) != size else "has a wrong checksum"
-            )
-            raise ShardCorrupt(
-                f"{self._name}: the image of sample {text['key']!r} at byte {offset} {what}; "
-                "restore the shard or preprocess again"
-            )
-        return StoredSample(
-            number["id"],
-            text["key"],
-            text["caption"],
-            image,
-            number["width"],
-            number["height"],
-            text["source"],
-        )
+        return next(self.samples((index,)))
 
+    def samples(self, indices: Iterable[int]) -> Iterator[StoredSample]:
+        """The samples in these rows (Python ints), in this order; raises as `sample`, at the one concerned.
 
-class DatasetReader:
-    """Any sample of a data set by (shard, index in shard). Keeps the shards used last open.
-
-    A data set in a local folder is read where it is: the size of a tar and the sha256 of an index are checked
-    when a shard is first opened, the checksum of an image at each read. Shards of a remote one are copied
-    into the folder `cache`, which may be shared by the processes of a node and holds at most `cache_bytes`.
-
-    Raises ConfigError when the data set is remote and there is no cache folder, or it cannot hold one shard.
-    """
-
-    def __init__(self, dataset: DatasetManifest, cache: str | None, cache_bytes: int) -> None:
-        self._dataset = dataset
-        self._store = open_store(dataset.uri)
-        self._cache: ShardCache | None = None
-        if not isinstance(self._store, LocalStore):
-            if cache is None:
-                raise ConfigError(
-                    f"{dataset.uri}: shards of a remote data set need a local folder: set data.loader.cache"
-                )
-            self._cache = ShardCache(self._store, dataset, Path(cache), cache_bytes)
-        self._open: OrderedDict[int, ShardReader] = OrderedDict()
-        self._checked: set[int] = set()
-
-    def get(self, shard: int, index: int) -> StoredSample:
-        """One sample.
-
-        Raises:
-            ShardCorrupt: the shard or the sample is not what was committed.
-            ObjectNotFound: a file of the data set is gone.
-            StorageUnavailable: the store did not answer.
+        They come one by one: the memory of an image that was let go serves the next.
         """
-        try:
-            return self._reader(shard).sample(index)
-        except ShardCorrupt:
-            if self._cache is None:
-                raise
-            # A copy that went bad, here or on the way, says nothing about the data set: copy it once more.
-            self._forget(shard)
-            self._cache.discard(shard)
-            return self._reader(shard).sample(index)
+        # Local names: this loop is the whole cost of reading.
+        ids, widths, heights, rows = self._ids, self._widths, self._heights, self._rows
+        offsets, sizes, crcs = self._offsets, self._sizes, self._crcs
+        (key_ends, keys), (caption_ends, captions) = self._keys, self._captions
+        descriptor, whole, fetch, pread, make = self._descriptor, self._whole, self._fetch, os.pread, _make
+        for row in indices:
+            if not 0 <= row < rows:
+                raise IndexError(f"{self._name}: no row {row}, the shard has {rows}")
+            offset, size = offsets[row], sizes[row]
+            if descriptor is not None:
+                image = pread(descriptor, size, offset)
+            elif fetch is not None:
+                image = fetch(row, offset, size)
+            else:
+                image = whole[offset : offset + size]
+            if crc32(image) != crcs[row]:
+                raise self._damaged(row, len(image))
+            key = str(keys[key_ends[row] : key_ends[row + 1]], "utf-8")
+            caption = str(captions[caption_ends[row] : caption_ends[row + 1]], "utf-8")
+            yield make(StoredSample, (ids[row], key, caption, image, widths[row], heights[row]))
 
-    def close(self) -> None:
-        """Close every open shard."""
-        for shard in list(self._open):
-            self._forget(shard)
-
-    def _reader(self, shard: int) -> ShardReader:
-        reader = self._open.get(shard)
-        if reader is None:
-            reader = self._open[shard] = self._opened(shard)
-            if len(self._open) > OPEN_SHARDS:
-                self._open.popitem(last=False)[1].close()
-        self._open.move_to_end(shard)
-        return reader
-
-    def _opened(self, shard: int) -> ShardReader:
-        info = self._dataset.shards[shard]
-        if isinstance(self._store, LocalStore):
-            tar, index = self._store.root / info.name, self._store.root / info.index_name
-            try:
-                return self._checked_reader(shard, tar, index)
-            except FileNotFoundError as error:
-                raise ObjectNotFound(
-                    f"{error.filename}: no such file, but the manifest lists it; restore it"
-                ) from None
-        assert self._cache is not None
-        for _ in range(OPEN_ATTEMPTS):
-            try:
-                return self._checked_reader(shard, *self._cache.paths(shard))
-            except FileNotFoundError:
-                continue  # another process evicted it between the copy and the opening
-        raise StorageUnavailable(
-            f"{self._cache.folder}: {info.name} was evicted {OPEN_ATTEMPTS} times before it could be opened; "
-            "raise data.loader.cache_bytes"
+    def _damaged(self, row: int, got: int) -> ShardCorrupt:
+        size, key = self._sizes[row], self.table["key"][row].as_py()
+        what = f"ends after {got} of {size} bytes" if got != size else "has a wrong checksum"
+        return ShardCorrupt(
+            f"{self._name}: the image of sample {key!r} at byte {self._offsets[row]} {what}; "
+            "restore the shard or preprocess again"
         )
 
-    def _checked_reader(self, shard: int, tar: Path, index: Path) -> ShardReader:
-        if shard not in self._checked:
-            info = self._dataset.shards[shard]
-            if (size := tar.stat().st_size) != info.size:
-                raise ShardCorrupt(
-                    f"{tar}: {size} bytes, but the manifest says {info.size}; "
-                    "restore the shard or preprocess again"
-                )
-            if sha256_file(index) != self._dataset.files[info.index_name].sha256:
-                raise ShardCorrupt(
-                    f"{index}: sha256 is not the manifest's; restore the index or preprocess again"
-                )
-            self._checked.add(shard)
-        return ShardReader(tar, index)
 
-    def _forget(self, shard: int) -> None:
-        self._checked.discard(shard)
-        if (reader := self._open.pop(shard, None)) is not None:
-            reader.close()
+def _mapped(path: Path) -> pa.Buffer:
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
+        raise ShardCorrupt(f"{path}: the index is empty; copy the shard again")
+    with pa.memory_map(str(path)) as file:
+        return file.read_buffer()  # keeps the mapping
+
+
+def _numbers(column: pa.ChunkedArray) -> memoryview:
+    # An item of a memoryview is a Python int, several times faster than an item of an array.
+    joined = _joined(column)
+    kind = "q" if joined.type == pa.int64() else "i"
+    return memoryview(joined.buffers()[1]).cast(kind)[joined.offset : joined.offset + len(joined)]
+
+
+def _texts(column: pa.ChunkedArray) -> tuple[memoryview, memoryview]:
+    """Where the strings begin and end in the UTF-8 that follows: string k in [ends[k], ends[k + 1])."""
+    joined = _joined(column)
+    _, offsets, data = joined.buffers()
+    ends = memoryview(offsets).cast("i")[joined.offset : joined.offset + len(joined) + 1]
+    return ends, memoryview(data if data is not None else b"").cast("B")
+
+
+def _places(column: pa.ChunkedArray, mapped: pa.Buffer) -> memoryview:
+    """Where in the mapped file the image of each row begins."""
+    places = array("q")
+    for chunk in column.chunks:
+        _, offsets, data = chunk.buffers()
+        start = data.address - mapped.address if data is not None else 0
+        begins = memoryview(offsets).cast("q")[chunk.offset : chunk.offset + len(chunk)]
+        places.extend(start + begin for begin in begins)
+    return memoryview(places)
+
+
+def _joined(column: pa.ChunkedArray) -> pa.Array:
+    """One array; without a copy where there is one chunk."""
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    joined = column.combine_chunks()
+    return joined if isinstance(joined, pa.Array) else pa.concat_arrays(joined.chunks)

@@ -1,7 +1,7 @@
-"""Writes one shard: a WebDataset tar and the Arrow index that finds every sample in it.
+"""Writes one shard: a WebDataset tar with the Arrow index that finds every sample in it, or one Arrow file.
 
 The bytes depend on the samples alone: time stamps, owners and modes are fixed and the members of a sample are
-in one order, so the same samples give the same sha256 on every machine.
+in one order, so the same samples give the same sha256 on every machine. Both forms hold the same columns.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,56 +17,107 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from cluster.errors import DataError
-from data_pipeline.records import INDEX_SCHEMA, Sample, ShardInfo
+from data_pipeline.records import INDEX_SCHEMA, SHARD_SCHEMA, Sample, ShardFormat, ShardInfo
 
 _END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
+# A record batch of an Arrow shard ends when it holds so much; the rest of the writer's memory is small.
+_BATCH_BYTES = 16 << 20
+_BATCH_ROWS = 1024
+
+Columns = dict[str, list[Any]]
 
 
-def write_shard(samples: Iterable[Sample], tar_path: Path, index_path: Path) -> ShardInfo:
-    """Write `samples`, in their order, to `tar_path` and their index to `index_path`.
+def write_shard(samples: Iterable[Sample], path: Path, index_path: Path, format: ShardFormat) -> ShardInfo:
+    """Write `samples`, in their order, to `path` and in format tar their index to `index_path`.
 
-    One sample is held in memory at a time, besides the rows of the index. Nothing is committed here.
+    In format arrow the two paths are equal. One sample (tar) or 16 MB of them (arrow) are held in memory at a
+    time, besides the rows of the index. Nothing is committed here.
 
     Raises:
-        DataError: two samples share a key or an id.
+        DataError: two samples have one id.
     """
-    columns: dict[str, list[Any]] = {name: [] for name in INDEX_SCHEMA.names}
-    keys: set[str] = set()
-    ids: dict[int, str] = {}
-    with open(tar_path, "wb") as tar:
+    if format == "arrow":
+        count = _write_arrow(_unique(samples, path), path)
+    else:
+        count = _write_tar(_unique(samples, path), path, index_path)
+    return ShardInfo(path.name, index_path.name, count, path.stat().st_size)
+
+
+def json_text(document: dict[str, Any]) -> str:
+    """JSON on one line with sorted keys; what JSON or UTF-8 cannot hold is replaced, never an error."""
+    try:
+        text = json.dumps(
+            document, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str
+        )
+        text.encode()
+    except (ValueError, TypeError):  # NaN, infinities, lone surrogates, keys of several types
+        plain = _plain(document)
+        text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
+    return text
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _unique(samples: Iterable[Sample], path: Path) -> Iterator[Sample]:
+    sources: dict[int, str] = {}
+    for sample in samples:
+        if sample.id in sources:
+            raise DataError(
+                f"{path.name}: {sample.source!r} and {sources[sample.id]!r} have the same id; "
+                "rename one in the input"
+            )
+        sources[sample.id] = sample.source
+        yield sample
+
+
+def _write_tar(samples: Iterable[Sample], path: Path, index_path: Path) -> int:
+    columns = _columns(INDEX_SCHEMA)
+    names: set[str] = set()
+    with open(path, "wb") as tar:
         for sample in samples:
-            if sample.key in keys:
-                raise DataError(
-                    f"{tar_path.name}: two samples have the key {sample.key!r}; rename one in the input"
-                )
-            if sample.id in ids:
-                raise DataError(
-                    f"{tar_path.name}: {sample.source!r} and {ids[sample.id]!r} have the same id; "
-                    "rename one in the input"
-                )
-            keys.add(sample.key)
-            ids[sample.id] = sample.source
-            offset = _add_member(tar, f"{sample.key}.{sample.extension}", sample.image)
-            _add_member(tar, f"{sample.key}.txt", sample.caption.encode())
-            _add_member(tar, f"{sample.key}.json", _describe(sample))
-            row = {
-                "id": sample.id,
-                "key": sample.key,
-                "caption": sample.caption,
-                "width": sample.width,
-                "height": sample.height,
-                "image_offset": offset,
-                "image_size": len(sample.image),
-                "image_crc32": zlib.crc32(sample.image),
-                "source": sample.source,
-                "extension": sample.extension,
-            }
-            for name, value in row.items():
-                columns[name].append(value)
+            name = _member_name(sample, names)
+            names.add(name)
+            offset = _add_member(tar, f"{name}.{sample.extension}", sample.image)
+            _add_member(tar, f"{name}.txt", sample.caption.encode())
+            _add_member(tar, f"{name}.json", _describe(sample))
+            _append(columns, {**_row(sample), "image_offset": offset})
         tar.write(_END_OF_ARCHIVE)
-        size = tar.tell()
-    _write_index(columns, index_path)
-    return ShardInfo(name=tar_path.name, index_name=index_path.name, num_samples=len(keys), size=size)
+    # One uncompressed record batch: a reader maps the file and reaches any row without reading the others.
+    with pa.OSFile(str(index_path), "wb") as sink, pyarrow.ipc.new_file(sink, INDEX_SCHEMA) as writer:
+        writer.write_batch(_batch(columns, INDEX_SCHEMA))
+    return len(names)
+
+
+def _write_arrow(samples: Iterable[Sample], path: Path) -> int:
+    columns = _columns(SHARD_SCHEMA)
+    waiting = count = 0
+    with pa.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, SHARD_SCHEMA) as writer:
+        for sample in samples:
+            _append(columns, {**_row(sample), "meta": json_text(sample.meta), "image": sample.image})
+            count += 1
+            waiting += len(sample.image)
+            if waiting >= _BATCH_BYTES or len(columns["id"]) >= _BATCH_ROWS:
+                writer.write_batch(_batch(columns, SHARD_SCHEMA))
+                columns, waiting = _columns(SHARD_SCHEMA), 0
+        if columns["id"] or not count:
+            writer.write_batch(_batch(columns, SHARD_SCHEMA))
+    return count
+
+
+def _member_name(sample: Sample, taken: set[str]) -> str:
+    """The key; or the id in hexadecimal, where another input file had the same key or WebDataset would end
+    the name at a dot within it."""
+    if sample.key in taken or "." in sample.key.rpartition("/")[2]:
+        return f"{sample.id:016x}"
+    return sample.key
 
 
 def _add_member(tar: BinaryIO, name: str, payload: bytes) -> int:
@@ -87,15 +138,40 @@ def _describe(sample: Sample) -> bytes:
     document = {
         "id": sample.id,
         "source": sample.source,
+        "url": sample.url,
+        "sha256": sample.sha256.hex(),
         "width": sample.width,
         "height": sample.height,
         "meta": sample.meta,
     }
-    return json.dumps(document, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    return json_text(document).encode()
 
 
-def _write_index(columns: dict[str, list[Any]], path: Path) -> None:
-    # One uncompressed record batch: a reader maps the file and reaches any row without reading the others.
-    batch = pa.record_batch([pa.array(columns[f.name], f.type) for f in INDEX_SCHEMA], schema=INDEX_SCHEMA)
-    with pa.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, INDEX_SCHEMA) as writer:
-        writer.write_batch(batch)
+def _row(sample: Sample) -> dict[str, Any]:
+    """The columns that both forms have."""
+    return {
+        "id": sample.id,
+        "key": sample.key,
+        "caption": sample.caption,
+        "width": sample.width,
+        "height": sample.height,
+        "image_size": len(sample.image),
+        "image_crc32": zlib.crc32(sample.image),
+        "extension": sample.extension,
+        "source": sample.source,
+        "url": sample.url,
+        "sha256": sample.sha256,
+    }
+
+
+def _columns(schema: pa.Schema) -> Columns:
+    return {name: [] for name in schema.names}
+
+
+def _append(columns: Columns, row: dict[str, Any]) -> None:
+    for name, value in row.items():
+        columns[name].append(value)
+
+
+def _batch(columns: Columns, schema: pa.Schema) -> pa.RecordBatch:
+    return pa.record_batch([pa.array(columns[f.name], f.type) for f in schema], schema=schema)

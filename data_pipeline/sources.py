@@ -1,28 +1,60 @@
-"""Raw input: WebDataset tars or plain folders, cut into chunks that are known before any work starts.
+"""Raw input, cut into chunks that are known before any work starts: start at `plan_chunks`.
 
-The layout is img2dataset's: `<key>.jpg|png|webp`, `<key>.txt` (the caption) and `<key>.json` (metadata,
-optional), in tars or loose. A key is a file's path up to the first dot of its name, as in WebDataset; names
-that begin with a dot or have none are no samples. The parquet table beside a tar is not read.
+WebDataset tars are read by `tar_source.py`, loose files by `folder_source.py`, tables of addresses (Parquet,
+csv, tsv) by `table_source.py`. `docs/sources.md` describes what each may hold.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
-import re
-import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Literal
 
-from cluster.errors import DataError, ShardCorrupt
-from cluster.store import ObjectStore, open_store
-from data_pipeline.records import RawSample, Reject
+from cluster.errors import DataError
+from cluster.store import ObjectInfo, ObjectStore, open_store
+from data_pipeline.folder_source import cut_folder, read_folder
+from data_pipeline.records import Reject, SourceRow
+from data_pipeline.sample_files import to_row
+from data_pipeline.table_source import (
+    TABLE_EXTENSIONS,
+    TableConfig,
+    TablePart,
+    is_table,
+    plan_table,
+    read_part,
+)
+from data_pipeline.tar_source import read_tar
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_READ_EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, "txt", "json"))
-_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
-_END_OF_ARCHIVE = 2 * tarfile.BLOCKSIZE
+SourceKind = Literal["webdataset", "folder", "table"]
+
+_WANTED = {
+    "webdataset": "*.tar file",
+    "folder": "image or caption file",
+    "table": f"table ({', '.join(TABLE_EXTENSIONS)})",
+}
+_TABLES_AT_ONCE = 8
+
+REASONS = {
+    "no_image": "no .jpg, .jpeg, .png, .webp or .gif",
+    "several_images": "more than one of them",
+    "no_caption": "no .txt; in a table, null in every caption column",
+    "several_captions": "two .txt that differ in case",
+    "empty_caption": "in a table, blank in every caption column",
+    "bad_caption": "a .txt that is not UTF-8",
+    "bad_metadata": "a .json that is no JSON object",
+    "unsafe_key": "a key that is not UTF-8, absolute, or holds .. or an empty part",
+    "no_key": "in a table, nothing in the key column",
+    "no_url": "in a table, nothing in the column of the address",
+    "malformed_row": "a line of a table with too few or too many fields, broken quotes, or no UTF-8",
+}
+"""Every reason for which an input row is no row of a data set, before any filter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,87 +63,100 @@ class SourceConfig:
 
     uri: str
     """A local folder, or s3://bucket/prefix; its subfolders are read too."""
-    kind: Literal["webdataset", "folder"] = "webdataset"
-    """webdataset: tars. folder: loose image, .txt and .json files."""
+    kind: SourceKind = "webdataset"
+    """webdataset: tars. folder: loose image, .txt and .json files. table: Parquet, csv or tsv files with the
+    addresses of the images."""
+    rows_per_chunk: int = 10_000
+    """Rows that one task reads where the source is a folder or a table; a tar is one chunk, whatever it
+    holds."""
+    table: TableConfig | None = None
+    """Which column is what; for tables only, and needed there."""
 
     def __post_init__(self) -> None:
         if not self.uri:
             raise ValueError("source.uri is empty: set source.uri to the folder of the raw data")
+        if self.rows_per_chunk < 1:
+            raise ValueError(
+                f"source.rows_per_chunk is {self.rows_per_chunk}: set source.rows_per_chunk to 1 or more"
+            )
+        if (self.kind == "table") != (self.table is not None):
+            raise ValueError(
+                "source.kind is table, but the columns are not named: add source.table"
+                if self.table is None
+                else f"source.kind is {self.kind}, but source.table is given: remove source.table"
+            )
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of the input that one task reads: one tar, or a run of the samples of a folder."""
+    """A part of the input that one task reads: a tar, a run of the samples of a folder, or of the rows of a
+    table."""
 
     index: int
     uri: str
     """Absolute, so that a worker anywhere opens the same store."""
-    kind: Literal["webdataset", "folder"]
+    kind: SourceKind
     names: tuple[str, ...]
     """Keys of the objects in the store at `uri`, sorted."""
     size: int
-    """Bytes of these objects."""
+    """Bytes of these objects; of a table the share of these rows, so the sum over chunks is the input's."""
+    part: TablePart | None = None
+    """Which rows of the table."""
 
 
-@dataclass
-class _Group:
-    """The members of one key, as they are read."""
-
-    key: str
-    extensions: list[str] = field(default_factory=list)
-    payloads: dict[str, bytes] = field(default_factory=dict)
-
-
-def plan_chunks(source: SourceConfig, samples_per_chunk: int) -> list[Chunk]:
-    """Cut the input into chunks, in order of name, by one listing. A tar is a chunk; folders are cut in runs.
+def plan_chunks(source: SourceConfig) -> list[Chunk]:
+    """Cut the input into chunks, in order of name. Lists the store; of tables it also reads the footers, and
+    csv and tsv once in full.
 
     Raises:
-        DataError: there is nothing of this kind at the uri.
+        ConfigError: a table lacks a column of the mapping.
+        DataError: there is nothing of this kind at the uri, or a table is broken.
     """
     store = open_store(source.uri)
     objects = store.list()
-    groups: list[list[tuple[str, int]]]
-    if source.kind == "webdataset":
-        groups = [[(o.key, o.size)] for o in objects if o.key.endswith(".tar")]
+    if source.kind == "table":
+        chunks = _plan_tables(store, [o for o in objects if is_table(o.key)], source)
     else:
-        samples: dict[str, list[tuple[str, int]]] = {}
-        for o in objects:
-            split = split_name(o.key)
-            if split is not None:
-                samples.setdefault(split[0], []).append((o.key, o.size))
-        runs = [samples[key] for key in sorted(samples)]
-        groups = [
-            [one for sample in runs[i : i + samples_per_chunk] for one in sorted(sample)]
-            for i in range(0, len(runs), samples_per_chunk)
+        tars = ([o] for o in objects if o.key.endswith(".tar"))
+        groups = tars if source.kind == "webdataset" else cut_folder(objects, source.rows_per_chunk)
+        chunks = [
+            Chunk(i, store.uri, source.kind, tuple(o.key for o in group), sum(o.size for o in group))
+            for i, group in enumerate(groups)
         ]
-    if not groups:
-        wanted = "*.tar file" if source.kind == "webdataset" else "image or caption file"
-        raise DataError(f"{store.uri}: no {wanted} there; set source.uri to the folder of the raw data")
-    return [
-        Chunk(i, store.uri, source.kind, tuple(name for name, _ in group), sum(size for _, size in group))
-        for i, group in enumerate(groups)
-    ]
+    if not chunks:
+        raise DataError(
+            f"{store.uri}: no {_WANTED[source.kind]} there that has rows; "
+            "set source.uri to the folder of the raw data"
+        )
+    return chunks
 
 
 def plan_digest(chunks: Iterable[Chunk]) -> str:
-    """sha256 over names and sizes: plans of one digest read the same files, as far as a listing can tell."""
-    lines = [[list(chunk.names), chunk.size] for chunk in chunks]
+    """sha256 over names, sizes and cuts: plans of one digest read the same rows, as far as a listing can
+    tell."""
+    lines = [[list(c.names), c.size, None if c.part is None else astuple(c.part)] for c in chunks]
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
 
-def read_chunk(chunk: Chunk) -> Iterator[RawSample | Reject]:
+def read_chunk(chunk: Chunk, source: SourceConfig) -> Iterator[SourceRow | Reject]:
     """Yield every row of the chunk once, in stored order; a row that cannot be one sample is a `Reject`.
 
     Raises:
         ShardCorrupt: the tar is truncated or broken, or the members of a key are not adjacent; the message
             has the byte offset.
-        DataError: the input is not what was planned.
+        DataError: the input is broken, or not what was planned.
     """
     store = open_store(chunk.uri)
+    if chunk.part is not None:
+        assert source.table is not None  # checked by SourceConfig
+        return read_part(store, chunk.names[0], chunk.part, source.table, chunk.index)
     if chunk.kind == "folder":
-        for group in _read_folder(store, chunk):
-            yield _to_row(group, group.key)
-        return
+        files = read_folder(store, chunk.names)
+        return (to_row(one, chunk.index, row, one.key) for row, one in enumerate(files))
+    return _read_tar_chunk(store, chunk)
+
+
+def _read_tar_chunk(store: ObjectStore, chunk: Chunk) -> Iterator[SourceRow | Reject]:
     (name,) = chunk.names
     with tempfile.TemporaryDirectory(prefix="maskclip-") as folder:
         path = Path(folder) / "input.tar"
@@ -121,129 +166,25 @@ def read_chunk(chunk: Chunk) -> Iterator[RawSample | Reject]:
                 f"{store.uri}/{name}: had {chunk.size} bytes, now {path.stat().st_size}; "
                 "do not change the input while it is read"
             )
-        for group in read_tar(path, f"{store.uri}/{name}"):
+        for row, files in enumerate(read_tar(path, f"{store.uri}/{name}")):
             # With the .tar in it: a.tar may hold b/c, and a/b.tar may hold c.
-            yield _to_row(group, f"{name}/{group.key}")
+            yield to_row(files, chunk.index, row, f"{name}/{files.key}")
 
 
-def split_name(name: str) -> tuple[str, str] | None:
-    """WebDataset's rule: (key, extension in lower case), or None where the name belongs to no sample."""
-    found = _NAME.fullmatch(name)
-    return (found[1], found[2].lower()) if found else None
+def _plan_tables(store: ObjectStore, tables: list[ObjectInfo], source: SourceConfig) -> list[Chunk]:
+    assert source.table is not None  # checked by SourceConfig
+    plan = partial(plan_table, store, config=source.table, rows_per_chunk=source.rows_per_chunk)
+    with ThreadPoolExecutor(_TABLES_AT_ONCE) as pool:
+        planned = pool.map(lambda one: plan(one.key), tables)
+        number = count()
+        return [
+            Chunk(next(number), store.uri, source.kind, (table.key,), _share(part, parts), part)
+            for table, parts in zip(tables, planned, strict=True)
+            for part in parts
+        ]
 
 
-def read_tar(path: Path, shown: str) -> Iterator[_Group]:
-    """Yield the samples of the tar at `path`, called `shown` in messages; raises as `read_chunk`."""
-    group: _Group | None = None
-    finished: set[str] = set()
-    for offset, key, extension, payload in _read_members(path, shown):
-        if group is None or key != group.key:
-            if group is not None:
-                finished.add(group.key)
-                yield group
-            if key in finished:
-                raise ShardCorrupt(
-                    f"{shown}: the members of key {key!r} are not adjacent, one more is at byte {offset}; "
-                    "sort the tar by name"
-                )
-            group = _Group(key)
-        if extension in group.extensions:
-            raise ShardCorrupt(
-                f"{shown}: {key}.{extension} is there twice, again at byte {offset}; remove one"
-            )
-        group.extensions.append(extension)
-        if payload is not None:
-            group.payloads[extension] = payload
-    if group is not None:
-        yield group
-
-
-def _read_members(path: Path, shown: str) -> Iterator[tuple[int, str, str, bytes | None]]:
-    """Header's offset, key, extension, and payload where it is of use, of every file of the tar with a key.
-
-    `tarfile` takes a tar that ends or breaks between two members for a whole one, so the sizes of the members
-    and the end of the archive are checked here.
-    """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    if not 0 <= member.size <= size - member.offset_data:
-                        raise ShardCorrupt(
-                            f"{shown}: truncated at byte {size}, inside {member.name!r}; fetch it again"
-                        )
-                    split = split_name(member.name) if member.isreg() else None
-                    if split is not None:
-                        content = tar.extractfile(member) if split[1] in _READ_EXTENSIONS else None
-                        yield member.offset, *split, content and content.read()
-                _check_end(file, tar.offset, size, shown)
-        except (tarfile.TarError, ValueError) as error:
-            raise ShardCorrupt(
-                f"{shown}: broken before byte {file.tell()} ({error}); fetch it again"
-            ) from error
-
-
-def _check_end(file: BinaryIO, offset: int, size: int, shown: str) -> None:
-    """The archive must end with two blocks of zeros, and nothing else may follow."""
-    file.seek(offset)
-    tail = file.read(_END_OF_ARCHIVE)
-    if tail.strip(b"\0"):
-        raise ShardCorrupt(f"{shown}: no tar header at byte {offset}; fetch it again")
-    if len(tail) < _END_OF_ARCHIVE:
-        raise ShardCorrupt(f"{shown}: truncated at byte {size}, between two members; fetch it again")
-    while tail := file.read(1 << 20):
-        if tail.strip(b"\0"):
-            raise ShardCorrupt(f"{shown}: the tar ends at byte {offset}, but data follows; write it as one")
-
-
-def _read_folder(store: ObjectStore, chunk: Chunk) -> Iterator[_Group]:
-    group: _Group | None = None
-    for name in chunk.names:
-        split = split_name(name)
-        assert split is not None  # the plan has only names of samples
-        key, extension = split
-        if group is None or key != group.key:
-            if group is not None:
-                yield group
-            group = _Group(key)
-        group.extensions.append(extension)
-        if extension in _READ_EXTENSIONS:
-            group.payloads[extension] = store.get(name)
-    if group is not None:
-        yield group
-
-
-def _to_row(group: _Group, source: str) -> RawSample | Reject:
-    # Broken names carry lone surrogates, which neither Arrow nor JSON can hold.
-    key, source = (text.encode("utf-8", "backslashreplace").decode() for text in (group.key, source))
-
-    def reject(reason: str, detail: str) -> Reject:
-        return Reject(key, source, reason, detail)
-
-    if key != group.key or key.startswith("/") or ".." in key.split("/"):
-        return reject("unsafe_key", "not UTF-8, absolute, or with a .. in it")
-    images = [e for e in group.extensions if e in IMAGE_EXTENSIONS]
-    captions = group.extensions.count("txt")  # a folder may hold both a.txt and a.TXT
-    found = f"has {', '.join(group.extensions)}"
-    if len(images) != 1:
-        return reject("several_images" if images else "no_image", found)
-    if captions != 1:
-        return reject("several_captions" if captions else "no_caption", found)
-    try:
-        caption = group.payloads["txt"].decode()
-    except UnicodeDecodeError as error:
-        return reject("bad_caption", str(error))
-    try:
-        meta = _parse_meta(group.payloads.get("json", b"{}"))
-    except ValueError as error:
-        return reject("bad_metadata", str(error))
-    return RawSample(key, group.payloads[images[0]], caption, meta, source)
-
-
-def _parse_meta(data: bytes) -> dict[str, Any]:
-    # NaN and Infinity are not JSON, though Python writes them; they become null.
-    meta = json.loads(data, parse_constant=lambda _: None)
-    if not isinstance(meta, dict):
-        raise ValueError(f"a JSON object is wanted, not {type(meta).__name__}")
-    return meta
+def _share(part: TablePart, parts: list[TablePart]) -> int:
+    rows = parts[-1].start + parts[-1].rows
+    first, last = (part.table_size * row // rows for row in (part.start, part.start + part.rows))
+    return last - first

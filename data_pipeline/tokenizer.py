@@ -55,16 +55,21 @@ def load_merges() -> list[tuple[str, str]]:
     return [(left, right) for left, right in merges]
 
 
+def vocabulary() -> dict[str, int]:
+    """The id of every word: bytes, bytes at a word's end, what the merges make, the special words."""
+    symbols = byte_symbols()
+    words = [*symbols, *(s + _WORD_END for s in symbols), *(a + b for a, b in load_merges()), *SPECIAL]
+    return {word: number for number, word in enumerate(words)}
+
+
 class Tokenizer:
     """Turns captions into token ids. Building one reads the vocabulary (about 0.1 s); pickles to nothing."""
 
     vocab_size = VOCAB_SIZE
 
     def __init__(self) -> None:
-        symbols, merges = byte_symbols(), load_merges()
-        words = [*symbols, *(s + _WORD_END for s in symbols), *(a + b for a, b in merges), *SPECIAL]
-        vocab = {word: number for number, word in enumerate(words)}
-        self._bpe = BpeTokenizer(models.BPE(vocab=vocab, merges=merges, end_of_word_suffix=_WORD_END))
+        model = models.BPE(vocab=vocabulary(), merges=load_merges(), end_of_word_suffix=_WORD_END)
+        self._bpe = BpeTokenizer(model)
         self._bpe.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(_PATTERN), behavior="removed", invert=True),

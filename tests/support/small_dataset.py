@@ -3,6 +3,7 @@ from."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import tempfile
 from collections.abc import Sequence
@@ -13,7 +14,14 @@ from PIL import Image
 
 from cluster.manifest import Manifest, commit, file_entry
 from cluster.store import open_store
-from data_pipeline.records import DATASET_KIND, DATASET_VERSION, Sample, sample_id, shard_names
+from data_pipeline.records import (
+    DATASET_KIND,
+    DATASET_VERSION,
+    Sample,
+    ShardFormat,
+    sample_id,
+    shard_names,
+)
 from data_pipeline.shard_writer import write_shard
 
 
@@ -27,11 +35,13 @@ def picture(number: int, width: int = 48, height: int = 40) -> bytes:
 
 
 def sample(number: int, width: int = 48, height: int = 40) -> Sample:
+    image = picture(number, width, height)
     return Sample(
         id=sample_id(f"small/{number:05d}"),
         key=f"{number:05d}",
         source=f"small/{number:05d}",
-        image=picture(number, width, height),
+        image=image,
+        sha256=hashlib.sha256(image).digest(),
         extension="jpg",
         caption=f"picture number {number}",
         width=width,
@@ -39,20 +49,26 @@ def sample(number: int, width: int = 48, height: int = 40) -> Sample:
     )
 
 
-def write_dataset(uri: str, shard_sizes: Sequence[int]) -> None:
-    """Commit a data set with these numbers of samples at `uri`; sample k in stored order has the key k."""
+def write_dataset(uri: str, shard_sizes: Sequence[int], format: ShardFormat = "tar", first: int = 0) -> None:
+    """Commit a data set with these numbers of samples at `uri`; sample k in stored order has the key
+    first + k."""
     store = open_store(uri)
-    files, shards, first = [], [], 0
+    files, shards, rows = [], [], sum(shard_sizes)
     with tempfile.TemporaryDirectory() as name:
         for shard, size in enumerate(shard_sizes):
-            tar, index = (Path(name, part) for part in shard_names(shard))
-            info = write_shard((sample(first + k) for k in range(size)), tar, index)
+            path, index = (Path(name, part) for part in shard_names(shard, format))
+            info = write_shard((sample(first + k) for k in range(size)), path, index, format)
             first += size
             shards.append(vars(info))
-            for path in (tar, index):
-                files.append(file_entry(path, path.name))
-                store.put_file(path.name, path)
-    meta = {"shards": shards, "recipe": {}, "counts": {"rows_in": first, "kept": first, "rejected": 0}}
+            for file in dict.fromkeys((path, index)):
+                files.append(file_entry(file, file.name))
+                store.put_file(file.name, file)
+    meta = {
+        "format": format,
+        "shards": shards,
+        "recipe": {},
+        "counts": {"rows_in": rows, "kept": rows, "dropped": 0},
+    }
     commit(store, Manifest(DATASET_KIND, DATASET_VERSION, tuple(files), meta))
 
 

@@ -12,7 +12,7 @@ from cluster.events import EventLog, claim_attempt
 from cluster.manifest import Manifest, commit, file_entry
 from cluster.store import ObjectStore, open_store
 from data_pipeline.catalog import load_dataset
-from model.config import preset
+from model.config import ModelConfig, preset
 from model.objective import Objective
 from system.checkpoint import KIND, VERSION, step_folder
 from system.config import DataConfig, RunConfig, TrainConfig
@@ -24,17 +24,17 @@ FILES = 2
 Parameters = dict[str, torch.Tensor]
 
 
-def run_config(uri: str, data: str) -> TrainConfig:
+def run_config(uri: str, data: str, model: ModelConfig | None = None) -> TrainConfig:
     return TrainConfig(
         run=RunConfig(uri=uri, steps=STEPS, seed=5),
         data=DataConfig(uri=data, global_batch=8, streams=1),
-        model=preset("test"),
+        model=model or preset("test"),
     )
 
 
-def write_run(uri: str, data: str) -> ObjectStore:
+def write_run(uri: str, data: str, model: ModelConfig | None = None) -> ObjectStore:
     """A finished run on the committed data set `data`: killed after step 9, resumed from step 6."""
-    run, config = open_store(uri), run_config(uri, data)
+    run, config = open_store(uri), run_config(uri, data, model)
     digest = load_dataset(data).digest
     claim_run(run, config, digest)
     for step in CHECKPOINTS:

@@ -127,6 +127,57 @@ def test_a_worker_that_keeps_dying_is_named() -> None:
         list(run_bounded(die, [0], window=1, retries=1))
 
 
+def test_an_item_is_named_by_its_label() -> None:
+    def die(number: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(MaskClipError, match="tar 7: its worker process died in attempt 1"):
+        list(run_bounded(die, [7], window=1, retries=0, label="tar {}".format))
+
+
+def test_the_window_follows_the_cluster() -> None:
+    read = 0
+
+    def items() -> Iterator[int]:
+        nonlocal read
+        for number in range(10):
+            read += 1
+            yield number
+
+    results = run_bounded(identity, items(), window=None, retries=0)
+    next(results)
+    assert read == 2 * 2  # the session has 2 cores
+    assert len(list(results)) == 9
+
+
+@pytest.mark.parametrize("budget", [5, 6])
+def test_all_tasks_share_a_budget(tmp_path: Path, budget: int) -> None:
+    """Each of 6 tasks fails once, which each of them may; the sixth failure is one too many for 5."""
+
+    def flaky(number: int) -> int:
+        if calls(tmp_path, number) == 1:
+            raise OSError("not yet")
+        return number
+
+    results = run_bounded(flaky, range(6), window=1, retries=1, budget=budget)
+    if budget == 6:
+        assert len(list(results)) == 6
+    else:
+        with pytest.raises(MaskClipError, match="6 tasks failed while 5 succeeded, the last with: not yet"):
+            list(results)
+
+
+def test_success_earns_retries(tmp_path: Path) -> None:
+    def flaky(number: int) -> int:
+        if number >= 20 and calls(tmp_path, number) == 1:
+            raise OSError("not yet")
+        return number
+
+    with pytest.raises(MaskClipError, match="1 tasks failed while 9 succeeded"):
+        list(run_bounded(flaky, [*range(9), 20], window=1, retries=1, budget=0))
+    assert len(list(run_bounded(flaky, [*range(20), 21, 22], window=1, retries=1, budget=0))) == 22
+
+
 @pytest.mark.parametrize("end", ["failure", "caller stops"])
 def test_nothing_runs_on_after_the_end(tmp_path: Path, end: str) -> None:
     beat = tmp_path / "beat"

@@ -1,4 +1,4 @@
-"""Laws of the views: pure functions of their keys, inside their bounds, and what Pillow would show."""
+"""Laws of the views: pure functions of their keys, inside their bounds, and a crop of the picture."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from data_pipeline.augment import AugmentConfig, crop_box, eval_view, train_view
+from data_pipeline.augment import AugmentConfig, crop_box, crop_boxes, eval_view, train_view
+from data_pipeline.decode import UndecodableImage, crop_resize_rgb
 from tests.support.small_dataset import picture
 
 CFG = AugmentConfig(image_size=32)
@@ -66,14 +67,33 @@ def test_a_crop_that_never_fits_is_the_centre() -> None:
     assert crop_box(60, 100, sample=1, epoch=0, seed=0, cfg=cfg) == (0, 20, 60, 80)
 
 
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), min_size=1, max_size=20),
+    seed=st.integers(0, 2**40),
+)
+@settings(max_examples=60, deadline=None)
+def test_many_crops_at_once_are_the_same_crops(sizes: list[tuple[int, int]], seed: int) -> None:
+    samples, epochs = np.arange(len(sizes)) * 7919 + 2**62, np.arange(len(sizes)) % 3
+    cfg = AugmentConfig(image_size=32, scale=(0.2, 1.0), ratio=(0.4, 1.5))
+    widths, heights = np.array(sizes).T
+    together = crop_boxes(widths, heights, samples, epochs, seed, cfg)
+    alone = [
+        crop_box(w, h, sample=int(s), epoch=int(e), seed=seed, cfg=cfg)
+        for (w, h), s, e in zip(sizes, samples, epochs, strict=True)
+    ]
+    assert together.tolist() == [list(box) for box in alone]
+
+
 def test_views_equal_a_plain_crop_and_resize() -> None:
-    """Without a scaled decode (a PNG has none) a view is exactly Pillow's bicubic resize of the box."""
+    """Without a scaled decode (a PNG has none) a view is exactly the resized crop, close to Pillow's."""
     image = Image.open(io.BytesIO(picture(1, 120, 90)))
     box = crop_box(120, 90, sample=5, epoch=2, seed=7, cfg=CFG)
-    plain = image.resize((32, 32), Image.Resampling.BICUBIC, box=box)
-    assert np.array_equal(train_view(encoded(image), 5, 2, 7, CFG), np.asarray(plain))
-    centre = image.resize((32, 32), Image.Resampling.BICUBIC, box=(15, 0, 105, 90))
-    assert np.array_equal(eval_view(encoded(image), 32), np.asarray(centre))
+    plain = crop_resize_rgb(np.array(image), box, (32, 32))
+    assert np.array_equal(train_view(encoded(image), 5, 2, 7, CFG), plain)
+    centre = crop_resize_rgb(np.array(image), (15, 0, 105, 90), (32, 32))
+    assert np.array_equal(eval_view(encoded(image), 32), centre)
+    pillow = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC, box=(15, 0, 105, 90)))
+    assert np.mean(np.abs(centre.astype(int) - pillow.astype(int))) < 2
 
 
 @pytest.mark.parametrize("size", [(1024, 768), (515, 1333), (65, 64)])
@@ -84,21 +104,22 @@ def test_the_scaled_decode_shows_the_same_picture(size: tuple[int, int]) -> None
         (eval_view(jpeg, 32), eval_view(exact, 32)),
         (train_view(jpeg, 1, 0, 0, CFG), train_view(exact, 1, 0, 0, CFG)),
     ]:
-        assert np.mean(np.abs(fast.astype(int) - slow.astype(int))) < 2
+        # A crop begins and ends at whole pixels of the scaled image, which shows where that is small.
+        assert np.mean(np.abs(fast.astype(int) - slow.astype(int))) < (2 if min(size) > 100 else 6)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
 def test_every_mode_becomes_three_channels(mode: str) -> None:
     image = Image.open(io.BytesIO(picture(4))).convert(mode)
-    view = eval_view(encoded(image, "TIFF" if mode == "CMYK" else "PNG"), 24)
+    view = eval_view(encoded(image, "JPEG" if mode == "CMYK" else "PNG"), 24)
     assert view.shape == (24, 24, 3)
     assert view.dtype == np.uint8
 
 
 def test_what_is_no_image_or_no_setting_is_refused() -> None:
-    with pytest.raises(UnidentifiedImageError):
+    with pytest.raises(UndecodableImage, match="not_an_image"):
         eval_view(b"not an image", 32)
-    with pytest.raises(OSError, match="truncated"):
+    with pytest.raises(UndecodableImage):
         eval_view(picture(1, 400, 300)[:-2000], 32)
     with pytest.raises(ValueError, match="image_size is 0: set it to"):
         AugmentConfig(image_size=0)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.keyed import MASK_64, Permutation, mix, permute, uniform
+from data_pipeline.keyed import MASK_64, Permutation, mix, permute, shuffled, uniform, unpermute
 
 
 @given(n=st.integers(1, 5000), key=st.integers(0, MASK_64))
@@ -18,6 +18,29 @@ def test_permutation_is_a_bijection(n: int, key: int) -> None:
     image = Permutation(n, key)(np.arange(n))
     assert image.dtype == np.int64
     assert np.array_equal(np.sort(image), np.arange(n))
+
+
+@given(n=st.integers(1, 2**62), key=st.integers(0, MASK_64), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_unpermute_takes_permute_back(n: int, key: int, data: st.DataObject) -> None:
+    x = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20)))
+    assert np.array_equal(unpermute(permute(x, n, key), n, key), x)
+    assert np.array_equal(permute(unpermute(x, n, key), n, key), x)
+
+
+@given(n=st.integers(1, 3000), key=st.integers(0, MASK_64))
+@settings(max_examples=60, deadline=None)
+def test_shuffled_is_an_order_of_all_points(n: int, key: int) -> None:
+    order = shuffled(n, key)
+    assert order.dtype == np.int64
+    assert np.array_equal(np.sort(order), np.arange(n))
+
+
+def test_every_shuffle_of_four_is_equally_likely() -> None:
+    orders = np.array([shuffled(4, int(key)) for key in mix(7, np.arange(12_000))])
+    counts = np.array([np.sum(np.all(orders == order, axis=1)) for order in permutations(range(4))])
+    assert counts.sum() == 12_000
+    assert float(np.sum((counts - 500) ** 2 / 500)) < 49.7  # as above
 
 
 @given(n=st.integers(2**40, 2**62), key=st.integers(0, MASK_64), start=st.integers(0, 2**40 - 2000))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -85,20 +87,69 @@ def test_far_slots_of_a_huge_data_set_are_located_directly() -> None:
     order.locate(np.array([2**61]))
 
 
-@pytest.mark.parametrize("world", [1, 4, 5])
-def test_a_rank_keeps_few_shards_open(world: int) -> None:
-    cfg = OrderConfig(streams=16, window_shards=4)
-    batch, shard = 64, 100
-    order = SampleOrder([shard] * 256, cfg, batch)
-    chunk = -(-batch // world)
-    steps_per_window = cfg.window_shards * shard * cfg.streams // batch
-    streams_of_a_rank = -(-chunk // (batch // cfg.streams)) + 1  # its part may begin and end inside a stream
-    for first_step in (0, 50, 137):
-        steps = np.arange(first_step, first_step + steps_per_window)[:, None]
-        slots = steps * batch + np.arange(chunk)[None, :]
-        located = order.locate(slots.ravel())
-        # A stretch as long as a window touches two windows, each of at most window_shards + 1 shards.
-        assert np.unique(located.shard).size <= streams_of_a_rank * 2 * (cfg.window_shards + 1)
+@given(case=cases(), step=st.integers(0, 10**9), world=st.integers(1, 9))
+@settings(max_examples=60, deadline=None)
+def test_the_parts_of_the_ranks_are_the_batch_at_any_world_size(case: Case, step: int, world: int) -> None:
+    order, batch = case.order(), case.batch
+    slots = np.concatenate([order.slots(step, part) for part in parts(batch, world)])
+    assert np.array_equal(np.sort(slots), np.arange(step * batch, (step + 1) * batch))
+    for places in parts(batch, world):
+        assert np.array_equal(
+            rows(order.locate_places(step, places)), rows(order.locate(order.slots(step, places)))
+        )
+
+
+def parts(batch: int, world: int) -> list[np.ndarray]:
+    """The places of each rank, as the loader shares them."""
+    share = -(-batch // world)
+    return [np.arange(min(r * share, batch), min((r + 1) * share, batch)) for r in range(world)]
+
+
+@given(
+    shards=st.integers(1, 300),
+    streams=st.sampled_from([1, 4, 6, 16, 64]),
+    window=st.integers(1, 20),
+    world=st.integers(1, 9),
+    first_step=st.integers(0, 10**6),
+)
+@settings(max_examples=80, deadline=None)
+def test_a_rank_keeps_few_shards_open(
+    shards: int, streams: int, window: int, world: int, first_step: int
+) -> None:
+    """Over a stretch as long as a window, a rank meets at most two windows of each of its streams."""
+    batch, size = 2 * streams, 50
+    order = SampleOrder([size] * shards, OrderConfig(streams=streams, window_shards=window), batch)
+    places = parts(batch, world)[0]
+    rows_per_batch = batch // order.streams
+    steps = max(1, window * size // rows_per_batch * 2 // 3)  # the shortest window
+    seen = {
+        shard
+        for step in range(first_step, first_step + steps)
+        for shard in order.locate_places(step, places).shard.tolist()
+    }
+    streams_of_a_rank = min(order.streams, -(-len(places) // rows_per_batch) + 1)
+    # A window has up to one and a half times its shards, and begins and ends within one. Two epochs may meet.
+    assert len(seen) <= streams_of_a_rank * 2 * (1.5 * window + 2) + 1
+
+
+def test_world_8_6_3_8_at_200_cuts_is_the_uninterrupted_sequence() -> None:
+    """A run that is cut at 200 random steps and goes on at another world size and with another number of
+    workers consumes, slot by slot, what one that nobody cut does."""
+    sizes, cfg, batch, steps = [37, 5, 64, 11, 80, 41], OrderConfig(seed=3, streams=8), 24, 1200
+    whole = rows(SampleOrder(sizes, cfg, batch).locate(np.arange(steps * batch)))
+    rng = np.random.default_rng(0)
+    cuts = [0, *np.sort(rng.choice(np.arange(1, steps), 200, replace=False)).tolist(), steps]
+    seen = np.full((steps * batch, 3), -1)
+    for attempt, (first, last) in enumerate(pairwise(cuts)):
+        world, workers = (8, 6, 3, 8)[attempt % 4], attempt % 5
+        for places in parts(batch, world):
+            for worker in range(max(1, workers)):  # each is a process that knows nothing of the others
+                order = SampleOrder(sizes, cfg, batch)
+                for step in range(first + worker, last, max(1, workers)):
+                    slots = order.slots(step, places)
+                    assert np.all(seen[slots] == -1)  # never twice
+                    seen[slots] = rows(order.locate_places(step, places))
+    assert np.array_equal(seen, whole)
 
 
 def test_seed_and_epoch_change_the_order() -> None:
@@ -110,15 +161,36 @@ def test_seed_and_epoch_change_the_order() -> None:
     assert np.mean(np.all(epochs[0] == other, axis=1)) < 0.02
 
 
-def test_a_batch_mixes_the_data_set_like_a_uniform_shuffle() -> None:
-    """Pairs of one batch that come from the same shard: not more than a uniform shuffle gives."""
-    shards, size, batch = 64, 200, 64
-    order = SampleOrder([size] * shards, OrderConfig(streams=64), batch)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("size", [1000, 1001])
+def test_windows_of_16_shards_mix_like_a_uniform_shuffle(seed: int, size: int) -> None:
+    """Pairs of one batch from the same shard, and the correlation of neighbours, within 5 % of uniform."""
+    shards, batch = 64, 256
+    order = SampleOrder([size] * shards, OrderConfig(seed=seed, streams=64, window_shards=16), batch)
     steps = shards * size // batch
-    shard = order.locate(np.arange(steps * batch)).shard.reshape(steps, batch)
-    same = sum(np.sum(np.bincount(one) * (np.bincount(one) - 1)) for one in shard)
+    located = order.locate(np.arange(steps * batch))
+    same = sum(
+        np.sum(np.bincount(one) * (np.bincount(one) - 1)) for one in located.shard.reshape(steps, batch)
+    )
     uniform = steps * batch * (batch - 1) * (size - 1) / (shards * size - 1)
-    assert same / uniform < 1.05
+    assert 0.95 < same / uniform < 1.05
+    position = located.shard * size + located.index
+    assert abs(np.corrcoef(position[:-1], position[1:])[0, 1]) < 0.05
+
+
+def test_a_small_data_set_has_fewer_streams_rather_than_short_windows() -> None:
+    cfg = OrderConfig(streams=64, window_shards=16)
+    found = [SampleOrder([10] * shards, cfg, 64).streams for shards in (1, 31, 32, 64, 200, 1023, 1024, 5000)]
+    assert found == [1, 1, 2, 4, 8, 32, 64, 64]
+    assert SampleOrder([10, 0, 0] * 64, cfg, 64).streams == 4  # shards without samples are none
+
+
+def test_threads_may_share_an_order() -> None:
+    order, slots = SampleOrder([20] * 40, OrderConfig(streams=8), 40), np.arange(0, 80_000, 7)
+    expected = rows(SampleOrder([20] * 40, OrderConfig(streams=8), 40).locate(slots))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda part: rows(order.locate(part)), np.array_split(slots, 50)))
+    assert np.array_equal(np.concatenate(found), expected)
 
 
 def test_what_cannot_be_ordered_is_refused() -> None:

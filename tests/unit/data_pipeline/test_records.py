@@ -21,6 +21,7 @@ def test_ids_fit_the_index_and_differ() -> None:
 
 
 def test_shard_names_sort_as_their_numbers() -> None:
-    names = [shard_names(i)[0] for i in (0, 9, 10, 999_999)]
+    names = [shard_names(i, "tar")[0] for i in (0, 9, 10, 999_999)]
     assert names == sorted(names)
-    assert shard_names(7) == ("shard-000007.tar", "shard-000007.arrow")
+    assert shard_names(7, "tar") == ("shard-000007.tar", "shard-000007.arrow")
+    assert shard_names(7, "arrow") == ("shard-000007.arrow", "shard-000007.arrow")

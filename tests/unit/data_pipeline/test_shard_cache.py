@@ -11,8 +11,9 @@ import pytest
 from cluster.errors import ConfigError, ShardCorrupt
 from cluster.store import open_store
 from data_pipeline.catalog import DatasetManifest, load_dataset
-from data_pipeline.shard_cache import ShardCache
-from data_pipeline.shard_reader import DatasetReader, ShardReader
+from data_pipeline.dataset_reader import DatasetReader
+from data_pipeline.shard_cache import CacheCounters, ShardCache
+from data_pipeline.shard_reader import ShardReader
 from tests.support.small_dataset import flip_byte, write_dataset
 
 SIZES = (4, 4, 4, 4)
@@ -85,9 +86,50 @@ def test_a_copy_that_goes_bad_is_copied_again(dataset: DatasetManifest, tmp_path
     reader.close()
 
 
+def test_the_index_alone_is_held_alone(dataset: DatasetManifest, tmp_path: Path) -> None:
+    cache = cache_of(dataset, tmp_path, 4)
+    index = cache.index_path(3)
+    assert index.read_bytes() == open_store(dataset.uri).get("shard-000003.arrow")
+    assert held(cache) == []
+    assert not cache.holds(3)
+    node = index.stat().st_ino
+    assert cache.paths(3)[1].stat().st_ino == node  # only the rest was copied
+    assert cache.holds(3)
+
+
+def test_counters_say_what_was_done(dataset: DatasetManifest, tmp_path: Path) -> None:
+    size = pair_size(dataset, 0)
+    cache = cache_of(dataset, tmp_path, 1)
+    cache.paths(0)
+    cache.paths(0)
+    assert cache.counters == CacheCounters(hits=2, misses=2, bytes_copied=size)
+    cache.paths(1)
+    copied = size + pair_size(dataset, 1)
+    assert cache.counters == CacheCounters(
+        hits=2, misses=4, bytes_copied=copied, evictions=2, bytes_evicted=size
+    )
+    data = cache.read_range(2, 100, 50)
+    assert data == open_store(dataset.uri).get("shard-000002.tar")[100:150]
+    assert (cache.counters.range_reads, cache.counters.bytes_ranged) == (1, 50)
+    assert (cache.counters + cache.counters).misses == 8
+
+
+def test_a_shard_of_one_file_is_counted_and_held_once(s3_env: str, tmp_path: Path) -> None:
+    write_dataset(s3_env, SIZES, "arrow")
+    dataset = load_dataset(s3_env)
+    sizes = [shard.size for shard in dataset.shards]
+    cache = ShardCache(open_store(s3_env), dataset, tmp_path, 2 * max(sizes))
+    assert cache.paths(0)[0] == cache.paths(0)[1] == cache.index_path(0)
+    for shard in (1, 2):
+        cache.paths(shard)
+    assert cache.counters.misses == 3
+    assert cache.counters.evictions == 1
+    assert cache.counters.bytes_copied == sum(sizes[:3])
+
+
 def test_what_a_dead_process_left_is_cleared(dataset: DatasetManifest, tmp_path: Path) -> None:
     cache = cache_of(dataset, tmp_path, 2)
-    abandoned = cache.folder / "incoming" / "07" / ".tmp-half"
+    abandoned = cache.folder / "incoming" / "0007" / ".tmp-half"
     abandoned.parent.mkdir()
     abandoned.write_bytes(b"half a shard")
     cache.paths(0)

@@ -1,24 +1,38 @@
-"""Laws of random access: what was written comes back, in any order, and damage is named."""
+"""Laws of random access: what was written comes back, in any order and either format, and damage is named."""
 
 from __future__ import annotations
 
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
+import numpy as np
+import pyarrow.ipc
 import pytest
 
 from cluster.errors import ConfigError, ManifestMismatch, ObjectNotFound, ShardCorrupt
+from cluster.store import open_store
 from data_pipeline.catalog import load_dataset
-from data_pipeline.shard_reader import DatasetReader, ShardReader
+from data_pipeline.dataset_reader import DatasetReader
+from data_pipeline.records import ShardFormat, shard_names
+from data_pipeline.shard_reader import ShardReader
 from data_pipeline.shard_writer import write_shard
 from tests.support.small_dataset import flip_byte, sample, write_dataset
 
 SIZES = (7, 1, 5)
+FORMATS = get_args(ShardFormat)
+both_formats = pytest.mark.parametrize("format", FORMATS)
+
+
+@pytest.fixture(params=FORMATS)
+def format(request: pytest.FixtureRequest) -> ShardFormat:
+    return request.param
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_dataset(str(tmp_path / "set"), SIZES)
+def folder(tmp_path: Path, format: ShardFormat) -> Path:
+    write_dataset(str(tmp_path / "set"), SIZES, format)
     return tmp_path / "set"
 
 
@@ -26,23 +40,56 @@ def local_reader(folder: Path) -> DatasetReader:
     return DatasetReader(load_dataset(str(folder)), None, 0)
 
 
-def image_offset(tar: Path, key: str) -> int:
-    with tarfile.open(tar) as archive:
-        return archive.getmember(f"{key}.jpg").offset_data
+def place(path: Path, row: int) -> tuple[int, int]:
+    """Where the image of a row lies in its shard."""
+    return ShardReader(path, path.with_suffix(".arrow")).place(row)
 
 
-def test_a_shard_gives_back_what_was_written(tmp_path: Path) -> None:
+def test_a_shard_gives_back_what_was_written(tmp_path: Path, format: ShardFormat) -> None:
     samples = [sample(number) for number in range(9)]
-    write_shard(samples, tmp_path / "a.tar", tmp_path / "a.arrow")
-    reader = ShardReader(tmp_path / "a.tar", tmp_path / "a.arrow")
+    path, index = (tmp_path / name for name in shard_names(0, format))
+    write_shard(samples, path, index, format)
+    reader = ShardReader(path, index)
     assert len(reader) == 9
-    for number in (8, 0, 5, 5, 1):
-        found, written = reader.sample(number), samples[number]
-        assert found._asdict() == {name: getattr(written, name) for name in found._fields}
+    order = (8, 0, 5, 5, 1)
+    for found, number in zip(reader.samples(order), order, strict=True):
+        written = samples[number]
+        assert found._replace(image=bytes(found.image))._asdict() == {
+            name: getattr(written, name) for name in found._fields
+        }
+        assert reader.sample(number) == found
+        offset, size = reader.place(number)
+        assert path.read_bytes()[offset : offset + size] == written.image
     for row in (-1, 9):
         with pytest.raises(IndexError, match="the shard has 9"):
             reader.sample(row)
+    assert reader.table["sha256"].to_pylist() == [written.sha256 for written in samples]
+    assert "image" not in reader.table.column_names
     reader.close()
+
+
+def test_images_of_an_arrow_shard_are_not_copied(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    write_shard([sample(number) for number in range(3)], path, path, "arrow")
+    reader = ShardReader(path, path)
+    view = reader.sample(1).image
+    assert isinstance(view, memoryview)
+    with path.open("r+b") as file:  # the view shows the file itself
+        file.seek(reader.place(1)[0])
+        file.write(b"\xaa")
+    assert view[0] == 0xAA
+    reader.close()
+    assert view[1:] == sample(1).image[1:]  # and outlives the reader
+
+
+def test_an_arrow_shard_of_several_batches_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipeline.shard_writer._BATCH_ROWS", 4)
+    path = tmp_path / "a.arrow"
+    write_shard((sample(number) for number in range(10)), path, path, "arrow")
+    assert pyarrow.ipc.open_file(path).num_record_batches == 3
+    reader = ShardReader(path, path)
+    assert [found.image for found in reader.samples(range(10))] == [sample(k).image for k in range(10)]
+    assert [found.caption for found in reader.samples(range(10))] == [sample(k).caption for k in range(10)]
 
 
 def test_a_data_set_is_read_in_any_order(folder: Path) -> None:
@@ -50,28 +97,110 @@ def test_a_data_set_is_read_in_any_order(folder: Path) -> None:
     places = [(shard, index) for shard, size in enumerate(SIZES) for index in range(size)]
     for number, (shard, index) in reversed(list(enumerate(places))):
         assert reader.get(shard, index).key == f"{number:05d}"
+    order = np.random.default_rng(0).permutation(len(places))
+    shards, indices = np.array(places)[order].T
+    found = dict(reader.samples(shards, indices))
+    assert [found[k].key for k in range(len(places))] == [f"{number:05d}" for number in order]
     reader.close()
     assert reader.get(2, 4).key == "00012"  # opens again
+    assert reader.table(2)["key"].to_pylist() == [f"{number:05d}" for number in range(8, 13)]
     reader.close()
 
 
-def test_a_flipped_byte_is_named(folder: Path) -> None:
-    tar = folder / "shard-000002.tar"
-    flip_byte(tar, image_offset(tar, "00010") + 100)
+# Where shard 2 is cut. A tar: before the second sample's first member, inside that member's header, between
+# its jpg and its txt, inside its jpg. An Arrow file has other parts: at half its length, inside the footer,
+# behind the last image, inside an image.
+def member_boundary(path: Path) -> int:
+    return tar_members(path)[3].offset if path.suffix == ".tar" else path.stat().st_size // 2 // 64 * 64
+
+
+def inside_a_header(path: Path) -> int:
+    return tar_members(path)[3].offset + 100 if path.suffix == ".tar" else path.stat().st_size - 40
+
+
+def between_jpg_and_txt(path: Path) -> int:
+    return tar_members(path)[4].offset if path.suffix == ".tar" else sum(place(path, 4))
+
+
+def inside_a_payload(path: Path) -> int:
+    return place(path, 1)[0] + 20
+
+
+def tar_members(path: Path) -> list[tarfile.TarInfo]:
+    with tarfile.open(path) as archive:
+        return archive.getmembers()
+
+
+def cut(where: Callable[[Path], int]) -> Callable[[Path], bytes]:
+    return lambda path: path.read_bytes()[: where(path)]
+
+
+def flipped(path: Path) -> bytes:
+    data = bytearray(path.read_bytes())
+    offset, size = place(path, 1)
+    data[offset + size // 2] ^= 1 << 3
+    return bytes(data)
+
+
+damages = pytest.mark.parametrize(
+    "damage",
+    [
+        cut(member_boundary),
+        cut(inside_a_header),
+        cut(between_jpg_and_txt),
+        cut(inside_a_payload),
+        flipped,
+    ],
+    ids=["member boundary", "inside a header", "between jpg and txt", "inside a payload", "one bit"],
+)
+
+
+@damages
+def test_a_damaged_shard_is_found_and_named(folder: Path, format: ShardFormat, damage) -> None:
+    path = folder / shard_names(2, format)[0]
+    path.write_bytes(damage(path))
     reader = local_reader(folder)
-    assert reader.get(2, 1).key == "00009"
-    with pytest.raises(ShardCorrupt, match=r"shard-000002\.tar: the image of sample '00010'.*checksum"):
-        reader.get(2, 2)
+    with pytest.raises(ShardCorrupt, match=path.name):
+        [reader.get(2, index) for index in range(SIZES[2])]
+    assert reader.get(0, 0).key == "00000"  # the others are as good as before
+    with pytest.raises(ShardCorrupt, match=path.name):
+        list(reader.samples(np.full(5, 2), np.arange(5)))
 
 
-def test_a_cut_shard_is_named(folder: Path) -> None:
-    tar = folder / "shard-000000.tar"
-    end = image_offset(tar, "00006")
-    tar.write_bytes(tar.read_bytes()[: end + 10])
-    with pytest.raises(ShardCorrupt, match=r"shard-000000\.tar: \d+ bytes, but the manifest says"):
-        local_reader(folder).get(0, 0)
-    # A reader of the shard alone knows no size, and meets the end.
-    reader = ShardReader(tar, folder / "shard-000000.arrow")
+@damages
+def test_a_damaged_copy_is_fetched_again(s3_env: str, tmp_path: Path, format: ShardFormat, damage) -> None:
+    write_dataset(s3_env, SIZES, format)
+    dataset = load_dataset(s3_env)
+    reader = DatasetReader(dataset, str(tmp_path), 10**9)
+    assert reader.get(2, 0).key == "00008"
+    reader.close()
+    path = tmp_path / dataset.digest[:16] / shard_names(2, format)[0]
+    path.write_bytes(damage(path))
+    reader = DatasetReader(dataset, str(tmp_path), 10**9)
+    found = [reader.get(2, index) for index in range(SIZES[2])]
+    assert [bytes(one.image) for one in found] == [sample(number).image for number in range(8, 13)]
+    assert path.stat().st_size == dataset.shards[2].size
+
+
+@damages
+def test_a_damaged_object_is_refused(s3_env: str, tmp_path: Path, format: ShardFormat, damage) -> None:
+    write_dataset(s3_env, SIZES, format)
+    store, (name, index) = open_store(s3_env), shard_names(2, format)
+    for file in {name, index}:
+        store.get_file(file, tmp_path / file)
+    store.put(name, damage(tmp_path / name))
+    reader = DatasetReader(load_dataset(s3_env), str(tmp_path / "cache"), 10**9)
+    with pytest.raises(ShardCorrupt, match=rf"{s3_env}/{name}"):
+        reader.get(2, 0)
+    assert reader.get(0, 0).key == "00000"
+
+
+def test_a_shard_shortened_while_it_is_open_is_named(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path), SIZES)
+    path = tmp_path / "shard-000000.tar"
+    reader = ShardReader(path, path.with_suffix(".arrow"))
+    end = place(path, 6)[0]
+    path.write_bytes(path.read_bytes()[: end + 10])
     with pytest.raises(ShardCorrupt, match=r"sample '00006' .* ends after 10 of"):
         reader.sample(6)
 
@@ -79,26 +208,45 @@ def test_a_cut_shard_is_named(folder: Path) -> None:
 def test_a_damaged_index_is_named(folder: Path) -> None:
     index = folder / "shard-000001.arrow"
     flip_byte(index, index.stat().st_size // 2)
-    with pytest.raises(ShardCorrupt, match=r"shard-000001\.arrow: sha256"):
+    with pytest.raises(ShardCorrupt, match=r"shard-000001\.arrow"):
         local_reader(folder).get(1, 0)
-    for content, error in ((b"", ShardCorrupt), (b"no arrow file", ManifestMismatch)):
-        index.write_bytes(content)
-        with pytest.raises(error, match=r"shard-000001\.arrow"):
-            ShardReader(folder / "shard-000001.tar", index)
 
 
-@pytest.mark.parametrize("name", ["shard-000001.tar", "shard-000001.arrow"])
-def test_a_missing_file_is_named(folder: Path, name: str) -> None:
-    (folder / name).unlink()
-    with pytest.raises(ObjectNotFound, match=name):
-        local_reader(folder).get(1, 0)
+@pytest.mark.parametrize(("content", "error"), [(b"", ShardCorrupt), (b"no arrow file", ManifestMismatch)])
+def test_what_is_no_index_is_named(tmp_path: Path, content: bytes, error: type[Exception]) -> None:
+    index = tmp_path / "a.arrow"
+    index.write_bytes(content)
+    with pytest.raises(error, match=r"a\.arrow"):
+        ShardReader(tmp_path / "a.tar", index)
+
+
+def test_every_flipped_bit_of_an_arrow_shards_rows_is_found(tmp_path: Path) -> None:
+    """Captions and ids lie in the shard itself, so a bit of them must not pass either."""
+    write_dataset(str(tmp_path), [3], "arrow")
+    path = tmp_path / "shard-000000.arrow"
+    whole = path.read_bytes()
+    for needle in (b"picture number 1", b"small/00002", sample(0).id.to_bytes(8, "little")):
+        data = bytearray(whole)
+        data[data.index(needle)] ^= 1
+        path.write_bytes(bytes(data))
+        with pytest.raises(ShardCorrupt, match=r"shard-000000\.arrow"):
+            local_reader(tmp_path).get(0, 0)
+
+
+def test_a_missing_file_is_named(folder: Path, format: ShardFormat) -> None:
+    for name in set(shard_names(1, format)):
+        data = (folder / name).read_bytes()
+        (folder / name).unlink()
+        with pytest.raises(ObjectNotFound, match=name):
+            local_reader(folder).get(1, 0)
+        (folder / name).write_bytes(data)
 
 
 def test_many_shards_stay_within_the_limit_of_open_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_dataset(str(tmp_path), [1] * 12)
-    monkeypatch.setattr("data_pipeline.shard_reader.OPEN_SHARDS", 3)
+    monkeypatch.setattr("data_pipeline.dataset_reader.OPEN_SHARDS", 3)
     reader = local_reader(tmp_path)
     before = open_files()
     for shard in [*range(12), *range(12)]:
