@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import Backend, attention
+from model.config import Activation
 
 MLP_RATIO = 4
 
@@ -31,11 +32,23 @@ def normal_parameter(*shape: int, std: float) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).normal_(std=std))
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """The approximation of GELU that OpenAI's CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(
-        self, width: int, heads: int, *, depth: int, backend: Backend, layer_scale: float = 0.0
+        self,
+        width: int,
+        heads: int,
+        *,
+        depth: int,
+        backend: Backend,
+        activation: Activation = "gelu",
+        layer_scale: float = 0.0,
     ) -> None:
         """
         Args:
@@ -45,6 +58,7 @@ class Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.backend: Backend = backend
+        self.activation = F.gelu if activation == "gelu" else quick_gelu
         residual_std = width**-0.5 * (2 * depth) ** -0.5
         self.attention_norm = nn.LayerNorm(width)
         self.attention_qkv = linear(width, 3 * width, std=width**-0.5)
@@ -75,7 +89,7 @@ class Block(nn.Module):
         seen = attention(q_BLHD, k_BLHD, v_BLHD, backend=self.backend, causal=causal, keys_BL=keys_BL)
         branch_BLD = self.attention_out(seen.reshape(batch, length, width))
         x_BLD = x_BLD + _scaled(branch_BLD, self.attention_scale, branch_2B, 0)
-        branch_BLD = self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x_BLD))))
+        branch_BLD = self.mlp_out(self.activation(self.mlp_in(self.mlp_norm(x_BLD))))
         return x_BLD + _scaled(branch_BLD, self.mlp_scale, branch_2B, 1)
 
     def _bias_without_keys(self) -> Tensor:
@@ -108,12 +122,21 @@ class Transformer(nn.Module):
         *,
         backend: Backend,
         recompute_every: int = 0,
+        activation: Activation = "gelu",
         layer_scale: float = 0.0,
     ) -> None:
-        """`recompute_every`: see `ModelConfig`; `layer_scale`: see `Block`."""
+        """`recompute_every`: see `ModelConfig`; the rest: see `Block`."""
         super().__init__()
         self.blocks = nn.ModuleList(
-            Block(width, heads, depth=layers, backend=backend, layer_scale=layer_scale) for _ in range(layers)
+            Block(
+                width,
+                heads,
+                depth=layers,
+                backend=backend,
+                activation=activation,
+                layer_scale=layer_scale,
+            )
+            for _ in range(layers)
         )
         self.norm = nn.LayerNorm(width)
         self.recompute_every = recompute_every
@@ -136,6 +159,13 @@ class Transformer(nn.Module):
             else:
                 x_BLD = block(x_BLD, causal, keys_BL, branch_2B)
         return self.norm(x_BLD)
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Compile every block in place; parameter names stay. Blocks of one shape share what was compiled."""
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.compile()
 
 
 def take_rows(x_BND: Tensor, index_BM: Tensor) -> Tensor:

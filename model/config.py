@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 DEFAULT_PRESET = "tiny"
 
+Activation = Literal["gelu", "quick_gelu"]
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -40,6 +42,8 @@ class VisionConfig:
     """Transformer blocks."""
     heads: int
     """Attention heads of each block."""
+    activation: Activation = "gelu"
+    """Of the MLPs; quick_gelu only for weights that were trained with it, such as OpenAI's."""
     layer_scale: float = 0.0
     """Initial value of a learned factor on each residual branch (CaiT); 0: none (not from the paper)."""
     stochastic_depth: float = 0.0
@@ -90,6 +94,8 @@ class TextConfig:
     """Transformer blocks."""
     heads: int
     """Attention heads of each block."""
+    activation: Activation = "gelu"
+    """Of the MLPs; quick_gelu only for weights that were trained with it, such as OpenAI's."""
 
     def __post_init__(self) -> None:
         _check_transformer("model.text", self.width, self.layers, self.heads)

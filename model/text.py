@@ -37,7 +37,12 @@ class TextTower(nn.Module):
         self.mask_embedding = normal_parameter(config.width, std=0.02) if mask_token else None
         self.positions = normal_parameter(config.context_length, config.width, std=0.01)
         self.transformer = Transformer(
-            config.width, config.layers, config.heads, backend=backend, recompute_every=recompute_every
+            config.width,
+            config.layers,
+            config.heads,
+            backend=backend,
+            recompute_every=recompute_every,
+            activation=config.activation,
         )
 
     def forward(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:

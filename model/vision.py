@@ -60,6 +60,7 @@ class VisionTower(nn.Module):
             config.heads,
             backend=backend,
             recompute_every=recompute_every,
+            activation=config.activation,
             layer_scale=config.layer_scale,
         )
 

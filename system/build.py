@@ -1,11 +1,10 @@
 """From a configuration to the parts of a training job."""
 
-import io
 import math
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from cluster.world import World
 from data_pipeline.augment import AugmentConfig
 from data_pipeline.loader import Loader
 from data_pipeline.order import OrderConfig
+from model.blocks import compile_blocks
 from model.objective import Objective
 from model.teacher import Teacher
 from system.agreement import on_rank_zero
@@ -25,9 +25,11 @@ from system.collectives import DistributedCollectives
 from system.config import TrainConfig
 from system.console import Console
 from system.engine import Engine
+from system.initial_weights import fill, initial_weights
 from system.run_folder import claim_run, describe_run
 from system.teacher_state import ShardedTeacher
 from system.trainer import Trainer
+from system.training_evaluation import TrainingEvaluation
 
 
 @contextmanager
@@ -42,10 +44,12 @@ def process_group(world: World) -> Iterator[None]:
     deepspeed.logger.setLevel("WARNING")
     if cuda:
         torch.cuda.set_device(world.local_rank)
-    # DeepSpeed prints that it compiled, and calls what torch has renamed: no news for the user.
+    # DeepSpeed would compile an operator that only inference uses, under a lock file that a process killed
+    # meanwhile leaves behind, and every later run would wait for it for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It also calls what torch has renamed: no news for the user.
     warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor`", FutureWarning)
-    with redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     try:
         yield
     finally:
@@ -54,7 +58,7 @@ def process_group(world: World) -> Iterator[None]:
 
 def build_loader(config: TrainConfig, world: World) -> Loader:
     return Loader(
-        config.data.uri,
+        config.data.parts,
         OrderConfig(
             seed=config.run.seed, streams=config.data.streams, window_shards=config.data.window_shards
         ),
@@ -66,13 +70,21 @@ def build_loader(config: TrainConfig, world: World) -> Loader:
     )
 
 
-def build_engine(config: TrainConfig, world: World) -> tuple[Engine, ShardedTeacher]:
-    """Student, optimizer and teacher, freshly initialised from run.seed; the same on every rank."""
+def build_engine(
+    config: TrainConfig, world: World, parameters: Mapping[str, torch.Tensor] | None = None
+) -> tuple[Engine, ShardedTeacher]:
+    """Student, optimizer and teacher, freshly initialised from run.seed, but for the given parameters; the
+    same on every rank."""
     objective = Objective(config.model, seed=config.run.seed)
+    fill(objective, parameters or {})
+    if config.engine.compile:
+        compile_blocks(objective)
     engine = Engine(objective, config, math.ceil(config.data.global_batch / world.size))
     teacher = None
     if config.model.distill.needs_teacher:
         teacher = Teacher(config.model)
+        if config.engine.compile:
+            compile_blocks(teacher)
         teacher.load_student(engine.objective)
         teacher = teacher.to(
             engine.device, torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
@@ -96,9 +108,15 @@ def build_trainer(
 ) -> Iterator[tuple[Trainer, Loader]]:
     """A trainer at step 0 and the loader that feeds it. Call `Trainer.resume` next."""
     loader = build_loader(config, world)
-    on_rank_zero(lambda: claim_run(run, config, loader.manifest_digest))
-    engine, teacher = build_engine(config, world)
-    checkpointer = Checkpointer(run, engine, teacher, events, describe_run(config, loader.manifest_digest))
+    initial = initial_weights(config, run)
+    on_rank_zero(lambda: claim_run(run, config, loader.manifest_digest, initial.digest))
+    engine, teacher = build_engine(config, world, initial.parameters)
+    description = describe_run(config, loader.manifest_digest, initial.digest)
+    checkpointer = Checkpointer(run, engine, teacher, events, description)
     with Console(config.run.steps, active=world.rank == 0) as console, StopRequest() as stop:
         comm = DistributedCollectives()
-        yield Trainer(config, engine, teacher, comm, checkpointer, events, console, stop), loader
+        evaluation = TrainingEvaluation(config, engine, teacher, events, console)
+        yield (
+            Trainer(config, engine, teacher, comm, checkpointer, events, console, stop, evaluation),
+            loader,
+        )

@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from cluster.errors import ConfigError, MaskClipError, exit_code_of
-from system import commands
-from system.train import train
+from system import commands, dataset_commands
 
 Handler = Callable[[argparse.Namespace], Any]
 
@@ -27,6 +26,8 @@ def train_command(args: argparse.Namespace) -> Any:
     """Under a launcher (RANK is set) be one rank; otherwise start the local ranks and wait for them."""
     config = commands.train_config(args.recipe, args.knobs)
     if "RANK" in os.environ:
+        from system.train import train  # torch and DeepSpeed, for which the other commands do not wait
+
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no result of ours
         return train(config)
     return commands.train_locally(config, args)
@@ -62,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         groups,
         "evaluate",
         commands.evaluate,
-        "zero-shot classification and retrieval of a run's checkpoint",
+        "retrieval, zero-shot, k-NN, linear probe, patches: a checkpoint, or every=true; data=...",
         [run],
     )
     command(
@@ -94,8 +95,36 @@ def build_parser() -> argparse.ArgumentParser:
         dest="action", required=True, metavar="ACTION", parser_class=_Parser
     )
     where = ("dataset", "data set: local path or s3://bucket/prefix")
-    command(dataset, "verify", commands.dataset_verify, "compare every file with its manifest", [where])
-    command(dataset, "stats", commands.dataset_stats, "counts, sizes, caption lengths, rejects", [where])
+    two = [("a", "data set A"), ("b", "data set B")]
+    of = dataset_commands
+    command(dataset, "verify", of.dataset_verify, "compare every file with its manifest", [where])
+    command(
+        dataset,
+        "audit",
+        of.dataset_audit,
+        "prove that every source row has one fate and every sample its place; also of an unfinished job",
+        [where],
+    )
+    command(
+        dataset,
+        "stats",
+        of.dataset_stats,
+        "counts, sizes, captions, dropped rows; with output=FOLDER as histograms, PNG and JSON",
+        [where],
+    )
+    command(
+        dataset,
+        "remove",
+        of.dataset_remove,
+        "take samples out: by=url|sha256|id|source values=a,b or list=FILE, reason=..., missing=error|ok",
+        [where],
+    )
+    command(dataset, "diff", of.dataset_diff, "samples, captions and recipe that tell two sets apart", two)
+    summary = "one new data set of several: A B ... output=C"
+    merge = dataset.add_parser("merge", help=summary, description=summary)
+    merge.add_argument("words", nargs="+", metavar="dataset|key=value", help="data sets, and output=FOLDER")
+    merge.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+    merge.set_defaults(handler=of.dataset_merge)
     return parser
 
 

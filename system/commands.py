@@ -1,35 +1,24 @@
 """What the commands do: each takes the parsed arguments and returns a `Result`, or raises an error of
-cluster.errors."""
+cluster.errors. Those of data sets are in `dataset_commands`.
+
+Every command imports what it needs when it runs: `maskclip --help` or `config` shall not wait for torch.
+"""
 
 import argparse
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import CheckpointIncompatible, ConfigError, DataError
-from cluster.local_launch import run_local
-from cluster.manifest import verify
 from cluster.store import open_store
-from data_pipeline.catalog import dataset_stats as stats_of
-from data_pipeline.catalog import load_dataset, verify_dataset
-from data_pipeline.preprocess import PreprocessConfig, run_preprocess
-from system.checkpoint import committed_steps, load_checkpoint_meta, open_checkpoint
-from system.config import (
-    TrainConfig,
-    apply_overrides,
-    load_recipe,
-    load_train_recipe,
-    read_recipe,
-    to_dict,
-    validate,
-)
 from system.console import progress_bar
-from system.history import load_history
+
+if TYPE_CHECKING:
+    from system.config import TrainConfig
 
 Args = argparse.Namespace
 
@@ -55,7 +44,7 @@ class NoKnobs:
 
 
 @dataclass
-class _Rows:
+class Rows:
     title: str
     columns: tuple[str, ...]
     rows: list[tuple] = field(default_factory=list)
@@ -79,32 +68,63 @@ def show(result: Result, as_json: bool) -> None:
 
 def knobs(args: Args, kind: type, **positional: Any) -> Any:
     """The `key=value` settings of a command that has no recipe, as a typed config."""
+    from system.config import apply_overrides, validate
+
     return validate(kind, apply_overrides(dict(positional), args.knobs), f"maskclip {args.command}")
 
 
 def preprocess(args: Args) -> Result:
+    from data_pipeline.preprocess import PreprocessConfig, run_preprocess
+    from system.config import load_recipe
+
     config = load_recipe(args.recipe, args.knobs, PreprocessConfig)
-    with progress_bar("shards") as bar:
-
-        def progress(state: dict[str, Any]) -> None:
-            note = f"{state['samples']} samples, {state['rejected']} rejected"
-            bar(state["chunks_done"], state["chunks"], note)
-
-        summary = asdict(run_preprocess(config, progress))
+    with progress_bar("preprocess") as bar:
+        summary = asdict(
+            run_preprocess(config, lambda state: bar(state["done"], state["total"], preprocess_note(state)))
+        )
     rows = [(key, value) for key, value in summary.items()]
     return Result(
         {"output": config.output, **summary},
-        _Rows(f"data set {config.output}", ("what", "value"), rows).table(),
+        Rows(f"data set {config.output}", ("what", "value"), rows).table(),
     )
 
 
-def train_config(recipe: str, overrides: list[str]) -> TrainConfig:
+def preprocess_note(state: dict[str, Any]) -> str:
+    """What stands beside the bar of a preprocess job: stage, fates of the rows, rate, time left."""
+    parts = [state["stage"], f"{state['rows']:,} rows"]
+    if state["dropped"]:
+        parts.append(f"{state['dropped']:,} dropped ({state['dropped'] / max(state['rows'], 1):.1%})")
+    if state["skipped"]:
+        parts.append(f"{state['skipped']:,} done earlier")
+    if state["rows_per_second"]:
+        parts.append(f"{state['rows_per_second']:,.0f} rows/s")
+    if state["seconds_left"]:
+        parts.append(f"{duration(state['seconds_left'])} left")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: "1:02:03", "2:03"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def train_config(recipe: str, overrides: list[str]) -> "TrainConfig":
+    from system.config import load_train_recipe
+
     return load_train_recipe(recipe, overrides)
 
 
-def train_locally(config: TrainConfig, args: Args) -> Result:
+def train_locally(config: "TrainConfig", args: Args) -> Result:
     """Check what every rank needs once, so that a mistake is one line; then start the ranks and wait."""
-    dataset = load_dataset(config.data.uri)
+    from cluster.local_launch import run_local
+    from data_pipeline.catalog import load_dataset
+    from data_pipeline.mixing import mix_digest
+    from system.checkpoint import committed_steps
+
+    parts = config.data.parts
+    digest = mix_digest([load_dataset(part.uri).digest for part in parts], [part.weight for part in parts])
     run = open_store(config.run.uri, config.store)
     run.exists("config.json")
     # -P: a folder named model/ or system/ in the working directory must not shadow the installed packages.
@@ -113,7 +133,7 @@ def train_locally(config: TrainConfig, args: Args) -> Result:
     steps = committed_steps(run)
     data = {
         "run": config.run.uri,
-        "dataset": dataset.digest,
+        "dataset": digest,
         "exit_code": code,
         "steps": config.run.steps,
         "last_checkpoint": steps[-1] if steps else None,
@@ -126,15 +146,21 @@ def train_locally(config: TrainConfig, args: Args) -> Result:
 
 
 def evaluate(args: Args) -> Result:
-    from system.evaluate import EvaluateConfig, render
-    from system.evaluate import evaluate as run_evaluation
+    from system.evaluate import EvaluateConfig, evaluations
+    from system.evaluation_view import render, render_several
 
     config = knobs(args, EvaluateConfig)
     with progress_bar("encoded") as bar:
-        result = run_evaluation(
-            args.run, config, lambda state: bar(state["done"], state["total"], state["stage"])
+        results = list(
+            evaluations(args.run, config, lambda state: bar(state["done"], state["total"], state["stage"]))
         )
-    return Result(result, render(result))
+    data: Any = {"run": args.run, "results": results} if config.several else results[0]
+    text = render_several(results) if config.several else render(results[0])
+    if config.output is not None:
+        from system.evaluation_figures import write_scores
+
+        data["written"] = write_scores(results, Path(config.output))
+    return Result(data, text)
 
 
 def export(args: Args) -> Result:
@@ -142,10 +168,11 @@ def export(args: Args) -> Result:
     from system.export import export as run_export
 
     result = run_export(args.run, knobs(args, ExportConfig))
-    return Result(result, _Rows("export", ("what", "value"), list(result.items())).table())
+    return Result(result, Rows("export", ("what", "value"), list(result.items())).table())
 
 
 def report(args: Args) -> Result:
+    from system.history import load_history
     from system.report import summary, write_report
 
     config = knobs(args, ReportConfig)
@@ -155,17 +182,21 @@ def report(args: Args) -> Result:
 
 
 def show_config(args: Args) -> Result:
-    kinds: dict[str, type] = {"train": TrainConfig, "preprocess": PreprocessConfig}
+    import yaml
+
+    from system.config import load_recipe, load_train_recipe, read_recipe, to_dict
+
     command = read_recipe(args.recipe).get("command", "train")
-    if command not in kinds:
+    if command == "train":
+        config: Any = load_train_recipe(args.recipe, args.knobs)
+    elif command == "preprocess":
+        from data_pipeline.preprocess import PreprocessConfig
+
+        config = load_recipe(args.recipe, args.knobs, PreprocessConfig)
+    else:
         raise ConfigError(
-            f"{args.recipe}: command {command!r} is none of {', '.join(kinds)}; correct `command`"
+            f"{args.recipe}: command {command!r} is none of train, preprocess; correct `command`"
         )
-    config = (
-        load_train_recipe(args.recipe, args.knobs)
-        if command == "train"
-        else load_recipe(args.recipe, args.knobs, kinds[command])
-    )
     values = to_dict(config)
     return Result(values, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).rstrip())
 
@@ -176,7 +207,7 @@ def doctor(args: Args) -> Result:
     checks = run_checks(args.uri)
     failed = any(check.status == "fail" for check in checks)
     rows = [(c.name, c.status, c.detail, c.fix) for c in checks]
-    table = _Rows("doctor", ("check", "status", "found", "what to do"), rows).table()
+    table = Rows("doctor", ("check", "status", "found", "what to do"), rows).table()
     return Result([asdict(check) for check in checks], table, ConfigError.exit_code if failed else 0)
 
 
@@ -184,10 +215,12 @@ def demo(args: Args) -> Result:
     from system.demo import run_demo
 
     data = run_demo(Path(args.folder))
-    return Result(data, _Rows("demo", ("what", "value"), list(data.items())).table())
+    return Result(data, Rows("demo", ("what", "value"), list(data.items())).table())
 
 
 def checkpoint_list(args: Args) -> Result:
+    from system.checkpoint import committed_steps, load_checkpoint_meta
+
     knobs(args, NoKnobs)
     run = open_store(args.run)
     metas = [load_checkpoint_meta(run, step) for step in committed_steps(run)]
@@ -197,16 +230,19 @@ def checkpoint_list(args: Args) -> Result:
     ]
     rows = [(m.step, m.slot, m.digest[:12], m.meta["state_digest"]) for m in metas]
     return Result(
-        data, _Rows(f"checkpoints of {args.run}", ("step", "slot", "manifest", "state"), rows).table()
+        data, Rows(f"checkpoints of {args.run}", ("step", "slot", "manifest", "state"), rows).table()
     )
 
 
 def checkpoint_verify(args: Args) -> Result:
+    from cluster.manifest import verify
+    from system.checkpoint import committed_steps, open_checkpoint
+
     knobs(args, NoKnobs)
     run = open_store(args.run)
     steps = committed_steps(run)
     problems = {step: verify(*open_checkpoint(run, step)) for step in steps}
-    return _verdict(
+    return verdict(
         {f"step {step}": found for step, found in problems.items()},
         args.run,
         "checkpoint",
@@ -214,20 +250,8 @@ def checkpoint_verify(args: Args) -> Result:
     )
 
 
-def dataset_verify(args: Args) -> Result:
-    knobs(args, NoKnobs)
-    return _verdict(
-        {args.dataset: verify_dataset(args.dataset)}, args.dataset, "data set", DataError.exit_code
-    )
-
-
-def dataset_stats(args: Args) -> Result:
-    knobs(args, NoKnobs)
-    data = stats_of(args.dataset)
-    return Result(data, _Rows(f"data set {args.dataset}", ("what", "value"), list(data.items())).table())
-
-
-def _verdict(problems: dict[str, list[str]], where: str, what: str, bad: int) -> Result:
+def verdict(problems: dict[str, list[str]], where: str, what: str, bad: int) -> Result:
+    """The result of a check of several things, each with its lines of problems."""
     if not problems:
         raise DataError(f"{where}: no committed {what} here; correct the URI")
     found = [line for lines in problems.values() for line in lines]

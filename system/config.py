@@ -18,7 +18,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from cluster.errors import ConfigError
 from cluster.store import StoreConfig
 from data_pipeline.loader import LoaderConfig
+from data_pipeline.mixing import MixPart
 from model.config import ModelConfig, resolve
+from system.evaluation_config import EvaluationConfig
 
 # Keys that may differ between the attempts of one run; everything else is the run's identity.
 FREE_KEYS = (
@@ -26,9 +28,11 @@ FREE_KEYS = (
     "run.processes",
     "run.event_seconds",
     "data.uri",
+    "data.mix",  # what it mixes, and how, is in the digest that stands for the data set
     "data.loader",
     "engine.zero_stage",
     "checkpoint",
+    "evaluation",
     "store",
 )
 
@@ -53,24 +57,54 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    uri: str
-    """Committed data set, as written by `maskclip preprocess`."""
+    uri: str = ""
+    """Committed data set, as written by `maskclip preprocess`; or give `mix`."""
+    mix: tuple[MixPart, ...] = ()
+    """Several data sets, each with a whole-number weight; every batch holds exactly their shares, so
+    global_batch is a multiple of the sum of the weights (in lowest terms)."""
     global_batch: int = 4096
     """Pairs per step over all ranks (paper: 4096). World size need not divide it."""
     streams: int = 64
-    """Logical streams of the sample order; divides global_batch."""
+    """Logical streams of the sample order, at most; divides global_batch."""
     window_shards: int = 4
     """Samples are permuted within windows of about this many shards."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """Area range of the random crop (SLIP's value; not given in the paper)."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 
+    @property
+    def parts(self) -> tuple[MixPart, ...]:
+        """What is trained on: the parts of the mix, or the one data set."""
+        return self.mix or (MixPart(uri=self.uri, weight=1),)
+
     def __post_init__(self) -> None:
+        if bool(self.uri) == bool(self.mix):
+            raise ValueError("needs either one data set or a mix of several; set data.uri or data.mix")
         if self.streams < 1 or self.global_batch % self.streams:
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of streams {self.streams}; "
                 "change data.global_batch or data.streams"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """Weights that the run begins from; not from the paper, which trains from scratch (docs/export.md)."""
+
+    uri: str = ""
+    """Folder or .safetensors file, local or s3://...: an export of ours, or CLIP as open_clip or Hugging Face
+    store it. Read at step 0 only; empty: all weights come from run.seed."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of the pixels (0 to 1, by channel) that the weights were trained on; none: as the folder says, and
+    CLIP's if it says nothing."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of the pixels, likewise."""
+
+    def __post_init__(self) -> None:
+        if (self.mean is None) != (self.std is None) or (self.mean is not None and not self.uri):
+            raise ValueError("mean and std go together, and with uri; set init.uri, init.mean and init.std")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std {self.std} is not above 0; change init.std")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +116,17 @@ class OptimizerConfig:
     warmup_lr: float = 1e-6
     warmup_steps: int = 2000
     weight_decay: float = 0.5
+    layer_decay: float = 1.0
+    """Factor on the learning rate for every layer further from the top of a tower; 1: none (not from the
+    paper; below 1 when a tower begins from trained weights)."""
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
     gradient_clip: float = 0.0
     """Clip the global gradient norm to this; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.layer_decay <= 1.0:
+            raise ValueError(f"layer_decay {self.layer_decay} is not in (0, 1]; change optimizer.layer_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +148,8 @@ class TeacherConfig:
 class EngineConfig:
     zero_stage: Literal[0, 1, 2] = 1
     precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
+    """Compile each transformer block with torch.compile; the first steps take minutes longer."""
     max_refused_steps: int = 3
     """Refused steps in a row before the attempt ends with the NonFinite exit code."""
 
@@ -127,10 +170,12 @@ class TrainConfig:
     data: DataConfig
     model: ModelConfig
     command: Literal["train"] = "train"
+    init: InitConfig = field(default_factory=InitConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
 
 

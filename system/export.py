@@ -5,11 +5,15 @@
     EXPORT/README.md           model card
     EXPORT/manifest.json       kind "export"
 
-Decoders, quantizer and MLM head serve the training only and are left out, as in the paper.
+That is the layout maskclip; hugging_face and open_clip are folders that those libraries load by themselves
+(docs/export.md). Decoders, quantizer and MLM head serve the training only and are left out, as in the paper.
+Parameters go from the checkpoint to the file one at a time: memory does not grow with the depth of the model.
 """
 
 import json
+import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,20 +24,29 @@ import torch
 from cluster.errors import CheckpointIncompatible, ManifestMismatch
 from cluster.manifest import MANIFEST, Manifest, commit, file_entry, load, verify
 from cluster.store import ObjectStore, open_store
-from data_pipeline import tokenizer
+from model import convert
 from model.config import ModelConfig
+from model.convert import Layout
 from model.objective import MaskClip
-from model.vision import IMAGE_MEAN, IMAGE_STD
-from system.checkpoint import load_checkpoint_meta, newest_step, read_parameters
-from system.config import to_dict, validate
+from system.checkpoint import (
+    FragmentReader,
+    load_checkpoint_meta,
+    newest_step,
+    open_checkpoint,
+    read_parameters,
+)
+from system.config import TrainConfig, validate
+from system.layout_files import DESCRIPTION, WEIGHTS, describe, layout_files
+from system.model_card import model_card, read_scores
 from system.run_folder import load_run_config
+from system.safetensors_stream import write_tensors
 
 KIND = "export"
 VERSION = 1
-FORMAT = "maskclip-export"
-MODEL_FILE, CONFIG_FILE, CARD_FILE = "model.safetensors", "config.json", "README.md"
+CARD_FILE = "README.md"
 
 Tower = Literal["student", "teacher"]
+Get = Callable[[str], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +57,8 @@ class ExportConfig:
     """Step of the checkpoint; none means the newest committed one."""
     tower: Tower = "student"
     """Whose image encoder: the student's, or its moving average, the teacher's."""
+    layout: Layout = "maskclip"
+    """Who shall load it: this package, Hugging Face's CLIPModel or open_clip."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,8 @@ class TrainedModel:
     model: MaskClip
     config: ModelConfig
     provenance: dict[str, Any]
-    """run, step, samples_seen, tower, checkpoint (manifest digest), dataset (manifest digest), seed."""
+    """run, step, samples_seen, tower, checkpoint (manifest digest), dataset (manifest digest), seed; and
+    initial_weights (digest of the file) if the run began from some."""
 
 
 def load_trained(run: ObjectStore, checkpoint: int | None, tower: Tower) -> TrainedModel:
@@ -61,27 +77,38 @@ def load_trained(run: ObjectStore, checkpoint: int | None, tower: Tower) -> Trai
 
     Raises:
         ObjectNotFound: no run there, or no such checkpoint.
-        CheckpointIncompatible: the checkpoint lacks a parameter of the model.
+        CheckpointIncompatible: the checkpoint lacks a parameter of the model, or the tower.
     """
     train = load_run_config(run)
     step = newest_step(run, checkpoint)
-    meta = load_checkpoint_meta(run, step)
+    provenance = _provenance(run, train, step, tower)
     parameters = read_parameters(run, step, "master")
     if tower == "teacher":
         averaged = read_parameters(run, step, "teacher")
         parameters |= {name: value for name, value in averaged.items() if name.startswith("vision.")}
     model = MaskClip(train.model, seed=train.run.seed)
     _fill(model, parameters, f"{run.uri}, checkpoint of step {step}")
+    return TrainedModel(model.eval(), train.model, provenance)
+
+
+def _provenance(run: ObjectStore, train: TrainConfig, step: int, tower: Tower) -> dict[str, Any]:
+    checkpoint, distill = load_checkpoint_meta(run, step), train.model.distill
+    if tower == "teacher" and not distill.needs_teacher:
+        raise CheckpointIncompatible(
+            f"{run.uri}: this run has no teacher (model.distill.weight is {distill.weight:g}, its target is "
+            f"{distill.target}); choose tower=student"
+        )
     provenance = {
         "run": run.uri,
         "step": step,
-        "samples_seen": meta.samples_seen,
+        "samples_seen": checkpoint.samples_seen,
         "tower": tower,
-        "checkpoint": meta.digest,
-        "dataset": meta.meta.get("dataset"),
+        "checkpoint": checkpoint.digest,
+        "dataset": checkpoint.meta.get("dataset"),
         "seed": train.run.seed,
     }
-    return TrainedModel(model.eval(), train.model, provenance)
+    initial = checkpoint.meta.get("initial_weights")
+    return provenance | ({"initial_weights": initial} if initial else {})
 
 
 def _fill(model: MaskClip, parameters: dict[str, torch.Tensor], where: str) -> None:
@@ -89,51 +116,71 @@ def _fill(model: MaskClip, parameters: dict[str, torch.Tensor], where: str) -> N
     wanted = model.state_dict()
     for name, target in wanted.items():
         found = parameters.get(name)
-        if found is None or found.shape != target.shape:
-            state = (
-                "is missing"
-                if found is None
-                else f"has the shape {tuple(found.shape)}, not {tuple(target.shape)}"
-            )
-            raise CheckpointIncompatible(
-                f"{where}: {name} {state}; use the version of maskclip that wrote it"
-            )
+        _check(name, None if found is None else found.shape, target.shape, where)
     model.load_state_dict({name: parameters[name] for name in wanted})
+
+
+def _check(name: str, found: Any, wanted: Any, where: str) -> None:
+    if found is None or tuple(found) != tuple(wanted):
+        state = "is missing" if found is None else f"has the shape {tuple(found)}, not {tuple(wanted)}"
+        raise CheckpointIncompatible(f"{where}: {name} {state}; use the version of maskclip that wrote it")
 
 
 def export(run_uri: str, config: ExportConfig) -> dict:
     """Write the export of a checkpoint. The same export again is the same bytes, and writes nothing.
 
     Returns:
-        output, digest (of the manifest), written (False if it was there), bytes, parameters,
+        output, layout, digest (of the manifest), written (False if it was there), bytes, parameters,
         and the provenance.
 
     Raises:
         ManifestMismatch: another export, or something else, is committed at the output; it was left as it is.
+        ConfigError: the layout cannot say what the model is.
         ObjectNotFound, CheckpointIncompatible: see `load_trained`.
     """
-    trained = load_trained(open_store(run_uri), config.checkpoint, config.tower)
-    output = open_store(config.output)
-    described = _describe(trained)
+    run, output = open_store(run_uri), open_store(config.output)
+    train = load_run_config(run)
+    step = newest_step(run, config.checkpoint)
+    provenance = _provenance(run, train, step, config.tower)
+    entries = list(convert.exported(train.model, config.layout))
+    size = sum(math.prod(entry.shape) for entry in entries)
+    texts = layout_files(train.model, config.layout, describe(train.model, provenance))
+    texts[CARD_FILE] = model_card(
+        train, provenance, config.layout, size, read_scores(run, step, config.tower)
+    )
     with tempfile.TemporaryDirectory(prefix="maskclip-") as name:
         folder = Path(name)
-        state = {name: tensor.contiguous() for name, tensor in sorted(trained.model.state_dict().items())}
-        safetensors.torch.save_file(state, folder / MODEL_FILE, metadata={"format": "pt"})
-        (folder / CONFIG_FILE).write_text(
-            json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
-        (folder / CARD_FILE).write_text(_card(described, trained.model), encoding="utf-8")
-        files = [file_entry(folder / file, file) for file in (MODEL_FILE, CONFIG_FILE, CARD_FILE)]
-        manifest = Manifest(KIND, VERSION, tuple(files), {"provenance": trained.provenance})
+        write_tensors(folder / WEIGHTS[config.layout], entries, _reader(run, step, config.tower, train.model))
+        for file, text in texts.items():
+            (folder / file).write_text(text, encoding="utf-8")
+        files = tuple(file_entry(folder / file, file) for file in (WEIGHTS[config.layout], *texts))
+        manifest = Manifest(KIND, VERSION, files, {"provenance": provenance, "layout": config.layout})
         written = _store_folder(output, manifest, folder)
     return {
         "output": output.uri,
+        "layout": config.layout,
         "digest": manifest.digest,
         "written": written,
         "bytes": sum(entry.size for entry in files),
-        "parameters": sum(tensor.numel() for tensor in state.values()),
-        **trained.provenance,
+        "parameters": size,
+        **provenance,
     }
+
+
+def _reader(run: ObjectStore, step: int, tower: Tower, config: ModelConfig) -> Get:
+    """Parameters of the inference model by name, each read from the checkpoint when it is asked for."""
+    reader = FragmentReader(*open_checkpoint(run, step))
+    # Checked before anything is written.
+    for entry in convert.exported(config, "maskclip"):
+        where = f"{run.uri}, checkpoint of step {step}"
+        _check(entry.name, reader.shapes.get(entry.name), entry.shape, where)
+
+    def get(name: str) -> torch.Tensor:
+        kind = "teacher" if tower == "teacher" and name.startswith("vision.") else "master"
+        shape = reader.shapes[name]
+        return reader.read([(kind, name, 0, math.prod(shape))])[0].view(shape)
+
+    return get
 
 
 def _store_folder(output: ObjectStore, manifest: Manifest, folder: Path) -> bool:
@@ -144,16 +191,23 @@ def _store_folder(output: ObjectStore, manifest: Manifest, folder: Path) -> bool
         if there.digest == manifest.digest:
             return False
         raise ManifestMismatch(
-            f"{output.uri}: holds another committed export (step {_origin(there)}); choose another output"
+            f"{output.uri}: holds another committed export ({_difference(there, manifest)}); "
+            "choose another output"
         )
     for entry in manifest.files:
         output.put_file(entry.name, folder / entry.name)
     return commit(output, manifest)
 
 
-def _origin(manifest: Manifest) -> str:
-    provenance = manifest.meta.get("provenance", {})
-    return f"{provenance.get('step')}, {provenance.get('tower')} tower, of {provenance.get('run')}"
+def _difference(there: Manifest, manifest: Manifest) -> str:
+    if there.meta == manifest.meta:
+        changed = sorted({entry.name for entry in {*there.files} ^ {*manifest.files}})
+        return f"of the same checkpoint, but with another {', '.join(changed)}"
+    provenance = there.meta.get("provenance", {})
+    return (
+        f"step {provenance.get('step')}, {provenance.get('tower')} tower, of {provenance.get('run')}, "
+        f"layout {there.meta.get('layout', 'maskclip')}"
+    )
 
 
 def load_export(uri: str) -> tuple[MaskClip, dict]:
@@ -164,83 +218,20 @@ def load_export(uri: str) -> tuple[MaskClip, dict]:
 
     Raises:
         ObjectNotFound: nothing was committed there.
-        ManifestMismatch: a file is damaged or missing, or the export is of a newer version.
+        ManifestMismatch: a file is damaged or missing, or the export is of a newer version or for another
+            library.
     """
     store = open_store(uri)
     manifest = load(store, KIND, VERSION)
+    layout = manifest.meta.get("layout", "maskclip")
+    if layout != "maskclip":
+        raise ManifestMismatch(f"{store.uri}: is in the layout {layout}; load it with that library")
     problems = verify(store, manifest)
     if problems:
         raise ManifestMismatch(f"{problems[0]}; export it again ({len(problems)} damaged files)")
-    config = json.loads(store.get(CONFIG_FILE))
-    model = MaskClip(validate(ModelConfig, config["model"], f"{store.uri}/{CONFIG_FILE}"), seed=0)
-    _fill(model, safetensors.torch.load(store.get(MODEL_FILE)), f"{store.uri}/{MODEL_FILE}")
+    where = f"{store.uri}/{DESCRIPTION['maskclip']}"
+    config = json.loads(store.get(DESCRIPTION["maskclip"]))
+    model = MaskClip(validate(ModelConfig, config["model"], where), seed=0)
+    weights = WEIGHTS["maskclip"]
+    _fill(model, safetensors.torch.load(store.get(weights)), f"{store.uri}/{weights}")
     return model.eval(), config
-
-
-def _describe(trained: TrainedModel) -> dict[str, Any]:
-    config = trained.config
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": to_dict(config),
-        "preprocessing": {
-            "image_size": config.vision.image_size,
-            "resize": "short side to image_size, bicubic, then a centre crop",
-            "colour": "RGB, values in [0, 1] before mean and std",
-            "mean": list(IMAGE_MEAN),
-            "std": list(IMAGE_STD),
-        },
-        "tokenizer": {
-            "kind": "CLIP byte-pair encoding, lower case",
-            "vocab_size": tokenizer.VOCAB_SIZE,
-            "context_length": config.text.context_length,
-            "start": tokenizer.SOT,
-            "end": tokenizer.EOT,
-            "pad": tokenizer.PAD,
-        },
-        "embedding": {"width": config.embed_dim, "normalised": "L2", "similarity": "dot product"},
-        "provenance": trained.provenance,
-    }
-
-
-def _card(described: dict[str, Any], model: MaskClip) -> str:
-    vision, text, origin = described["model"]["vision"], described["model"]["text"], described["provenance"]
-    size = sum(parameter.numel() for parameter in model.parameters())
-    return f"""# MaskCLIP image-text model
-
-Image and text encoder in one shared space, trained with image-text contrast, masked self-distillation and
-masked language modelling (MaskCLIP, Dong et al., CVPR 2023, arXiv 2208.12262). Decoders and heads of the
-training are not part of it.
-
-| | |
-|---|---|
-| parameters | {size:,} |
-| image encoder | {vision["layers"]} layers x {vision["width"]}, from the {origin["tower"]} |
-| images | {vision["image_size"]} x {vision["image_size"]} pixels, patches of {vision["patch_size"]} |
-| text encoder | {text["layers"]} layers x {text["width"]}, {text["context_length"]} tokens |
-| shared space | {described["embedding"]["width"]} dimensions, unit vectors |
-| trained by | `{origin["run"]}`, step {origin["step"]}, {origin["samples_seen"]:,} samples |
-| checkpoint | `{origin["checkpoint"]}` |
-| data set | `{origin["dataset"]}` |
-
-## Use
-
-```python
-import torch
-from data_pipeline.augment import eval_view
-from data_pipeline.tokenizer import Tokenizer
-from system.export import load_export
-
-model, config = load_export("path/of/this/folder")
-pixels = eval_view(open("picture.jpg", "rb").read(), config["preprocessing"]["image_size"])
-tokens = Tokenizer().encode(["a dog", "a cat"], config["tokenizer"]["context_length"])
-with torch.no_grad():
-    image = model.encode_image(torch.tensor(pixels).permute(2, 0, 1)[None])
-    texts = model.encode_text(torch.from_numpy(tokens))
-print(image @ texts.T)
-```
-
-`config.json` says how images and captions are prepared, `manifest.json` names every file with size and
-SHA-256. The weights carry whatever biases the training pairs carry; the model was not tested for any use that
-decides about people.
-"""

@@ -80,7 +80,8 @@ class History:
     refusals: tuple[Mark, ...]
     """facts: reason."""
     incidents: tuple[Mark, ...]
-    """Checkpoints that could not be written or were set aside as damaged, events that were lost."""
+    """Checkpoints that could not be written or were set aside as damaged, evaluations that failed, events
+    that were lost."""
     evaluations: tuple[Mark, ...]
     """facts: tower, data, file and the headline numbers."""
     skipped_events: int
@@ -146,7 +147,7 @@ def build_history(uri: str, events: Iterable[dict]) -> History:
         steps=steps,
         checkpoints=_marks(events, "checkpoint_committed"),
         refusals=_marks(events, "step_refused"),
-        incidents=_marks(events, "checkpoint_failed", "checkpoint_quarantined", "events_dropped"),
+        incidents=_marks(events, *_INCIDENTS),
         evaluations=_marks(events, "evaluation"),
         skipped_events=sum(
             event.get("count", 0) for event in events if event.get("name") == "events_skipped"
@@ -154,6 +155,7 @@ def build_history(uri: str, events: Iterable[dict]) -> History:
     )
 
 
+_INCIDENTS = ("checkpoint_failed", "checkpoint_quarantined", "evaluation_failed", "events_dropped")
 _ENVELOPE = frozenset({"t", "attempt", "rank", "seq", "kind", "name", "step"})
 
 

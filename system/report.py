@@ -20,8 +20,9 @@ from rich.text import Text
 
 from cluster.errors import ConfigError, ObjectNotFound
 from cluster.store import ObjectStore, open_store
+from system.evaluation_view import scores
 from system.history import Attempt, History, Mark, load_history
-from system.report_figures import NUM_ATTEMPT_COLOURS, attempt_colour, curves
+from system.report_figures import NUM_ATTEMPT_COLOURS, attempt_colour, curves, evaluation_curves
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 CHECKPOINTS_SHOWN = 20
@@ -37,6 +38,14 @@ _EXIT_WORDS = {
 }
 # Stops that are part of a run's normal life: it is meant to go on from them.
 _HARMLESS = (75, 130)
+# What the line of an evaluation says besides its retrieval: fact of the event -> name.
+_SHARES = {
+    "top1": "zero-shot",
+    "knn_top1": "k-NN",
+    "linear_probe_top1": "linear probe",
+    "masked_agreement": "masked codewords",
+    "miou": "mIoU",
+}
 _STYLES = {"good": "green", "warn": "yellow", "bad": "red"}
 
 
@@ -126,12 +135,14 @@ def summary(history: History) -> RenderableType:
 
 def _evaluation_line(mark: Mark) -> str:
     facts = mark.facts
-    found = ", ".join(
+    found = [
         f"{direction.replace('_', ' ')} R@5 {_percent(facts[f'{direction}_r5'])}"
         for direction in ("image_to_text", "text_to_image")
-    )
-    chance = _percent(facts["chance"]["r5"])
-    return f"evaluated step {mark.step} ({facts['tower']}) on {facts['data']}: {found}; chance {chance}"
+        if f"{direction}_r5" in facts
+    ]
+    found += [f"{name} {_percent(facts[fact])}" for fact, name in _SHARES.items() if fact in facts]
+    chance = f"; chance {_percent(facts['chance']['r5'])}" if "chance" in facts else ""
+    return f"evaluated step {mark.step} ({facts['tower']}) on {facts['data']}: {', '.join(found)}{chance}"
 
 
 def write_report(run_uri: str, out: Path) -> dict[str, Any]:
@@ -165,8 +176,9 @@ def _render(record: RunRecord, facts: dict[str, Any]) -> str:
         summary=facts,
         numbers=key_numbers(facts),
         curves=curves(record.history),
+        evaluation_curves=evaluation_curves(record.history),
         evaluations=[
-            {**evaluation, "rows": evaluation_rows(evaluation)} for evaluation in reversed(record.evaluations)
+            {**evaluation, "rows": scores(evaluation)} for evaluation in reversed(record.evaluations)
         ],
         config_text=config_text,
         colour=attempt_colour,
@@ -174,19 +186,6 @@ def _render(record: RunRecord, facts: dict[str, Any]) -> str:
         checkpoint_limit=CHECKPOINTS_SHOWN,
         written=time.time(),
     )
-
-
-def evaluation_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table of one evaluation: a name and, for the first 1, 5, 10, value and chance (or None)."""
-    retrieval, classes = evaluation["retrieval"], evaluation["zero_shot"]
-    rows = []
-    for direction, name in (("image_to_text", "image to text"), ("text_to_image", "text to image")):
-        values, chance = retrieval[direction], retrieval["chance"][direction]
-        cells = [{"value": values[cutoff], "chance": chance[cutoff]} for cutoff in ("r1", "r5", "r10")]
-        rows.append({"name": name, "cells": cells})
-    cells = [{"value": classes[top], "chance": classes["chance"][top]} for top in ("top1", "top5")]
-    rows.append({"name": f"zero-shot, {classes['classes']:,} classes", "cells": [*cells, None]})
-    return rows
 
 
 def key_numbers(facts: dict[str, Any]) -> list[dict[str, str]]:
@@ -204,8 +203,9 @@ def key_numbers(facts: dict[str, Any]) -> list[dict[str, str]]:
     )
     lost = f"{_count(facts['superseded_steps'], 'step')} trained again"
     numbers.append({"name": "Kills survived", "value": str(facts["kills"]), "note": lost})
-    if facts["evaluations"]:
-        retrieval = facts["evaluations"][-1]["retrieval"]
+    retrievals = [found["retrieval"] for found in facts["evaluations"] if "retrieval" in found]
+    if retrievals:
+        retrieval = retrievals[-1]
         value, chance = retrieval["image_to_text"]["r5"], retrieval["chance"]["image_to_text"]["r5"]
         note = f"{value / chance:.1f} times chance ({_percent(chance)})"
         numbers.append({"name": "Image to text R@5", "value": _percent(value), "note": note})

@@ -79,6 +79,18 @@ PANELS = (
 )
 
 
+EVALUATION_PANELS = (
+    Panel("image_to_text_r5", "Image to text R@5", "chance dotted"),
+    Panel("text_to_image_r5", "Text to image R@5", "share of the captions"),
+    Panel("top1", "Zero-shot top-1", "share of the images"),
+    Panel("knn_top1", "k-NN top-1", "share of the images"),
+    Panel("linear_probe_top1", "Linear probe top-1", "share of the images"),
+    Panel("masked_cosine", "Masked patches", "cosine of guess and target"),
+    Panel("masked_agreement", "Masked codewords", "share of patches"),
+    Panel("miou", "Segmentation", "mean IoU"),
+)
+
+
 @dataclass(frozen=True)
 class Curve:
     panel: Panel
@@ -105,6 +117,46 @@ def curves(history: History) -> list[Curve]:
         label = f"{panel.title} by step: {first:.4g} at step {first_step}, {last:.4g} at step {last_step}"
         found.append(Curve(panel, _svg(_draw(history, panel), panel.scalar), f"{last:.4g}", label))
     return found
+
+
+def evaluation_curves(history: History) -> list[Curve]:
+    """One curve per measure that was evaluated at two steps or more; a line for each tower and data set.
+
+    Of several evaluations of one step the last counts.
+    """
+    found = []
+    for panel in EVALUATION_PANELS:
+        lines: dict[tuple[str, str], dict[int, float]] = {}
+        for mark in history.evaluations:  # oldest first
+            if panel.scalar in mark.facts and math.isfinite(float(mark.facts[panel.scalar])):
+                line = lines.setdefault((mark.facts["tower"], mark.facts["data"]), {})
+                line[mark.step] = float(mark.facts[panel.scalar])
+        lines = {key: dict(sorted(line.items())) for key, line in lines.items() if len(line) > 1}
+        if not lines:
+            continue
+        chance = [m.facts["chance"]["r5"] for m in history.evaluations if "chance" in m.facts]
+        dotted = chance[-1] if chance and panel.scalar == "image_to_text_r5" else None
+        svg = _svg(_draw_evaluations(lines, dotted), f"evaluation-{panel.scalar}")
+        texts = [
+            f"{tower} tower on {data}: {list(line.values())[-1]:.4g} at step {list(line)[-1]}"
+            for (tower, data), line in lines.items()
+        ]
+        last = list(list(lines.values())[-1].values())[-1]
+        found.append(Curve(panel, svg, f"{last:.4g}", f"{panel.title} by step, {'; '.join(texts)}"))
+    return found
+
+
+def _draw_evaluations(lines: dict[tuple[str, str], dict[int, float]], dotted: float | None) -> Figure:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(3.7, 2.3), layout="constrained")
+        axes = figure.add_subplot()
+        for number, line in enumerate(lines.values()):
+            colour = _ATTEMPTS[number % NUM_ATTEMPT_COLOURS]
+            axes.plot(list(line), list(line.values()), color=colour, marker="o", markersize=3)
+        if dotted is not None:
+            axes.axhline(dotted, color=_INK, linestyle=":", linewidth=1)
+        _axes_of(axes, wide=False)
+        return figure
 
 
 def thin(points: Sequence[tuple[int, float]], limit: int = MAX_POINTS) -> list[tuple[int, float]]:
@@ -138,13 +190,17 @@ def _draw(history: History, panel: Panel) -> Figure:
             # The dashed line starts at the last live point, so that the two parts touch.
             _line(axes, live[-1:] + lost if lost else [], colour, linestyle=(0, (2, 1.6)), alpha=0.7)
             _line(axes, live, colour)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if panel.wide else 5, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
-        axes.tick_params(length=0)
-        axes.margins(x=0.02, y=0.12)
+        _axes_of(axes, panel.wide)
         return figure
+
+
+def _axes_of(axes: Axes, wide: bool) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if wide else 5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axes.tick_params(length=0)
+    axes.margins(x=0.02, y=0.12)
 
 
 def _line(axes: Axes, points: list[tuple[int, float]], colour: str, **style: Any) -> None:

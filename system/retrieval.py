@@ -4,8 +4,11 @@ Shapes: N images, U distinct texts, Q queries, G gallery entries, E embedding wi
 
 Many images share one caption ("A flower." six times in a small set, "image" thousands of times on the web).
 Counting only the pair's own partner as a hit would call a right answer wrong, so identical captions are one
-text here: an image has one right text, a text has all images that carry it. The protocol is not from the
-paper, which reports Flickr30k and COCO.
+text here, and a text has all images that carry it. An image has all its captions (five in Flickr30k and
+COCO, which the paper reports): it is a hit when any of them is found. With distinct captions this is their
+protocol.
+
+Besides the legend: P pairs of an image and one of its captions.
 """
 
 import math
@@ -17,6 +20,7 @@ import numpy as np
 import torch
 
 from cluster.errors import NonFinite
+from system.scoring import share_interval
 
 CUTOFFS = (1, 5, 10)
 # Similarities held at once: 2**24 float32 are 64 MiB, so N x U is never built for a large set.
@@ -80,6 +84,25 @@ def right_ranks(
     return torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64)
 
 
+def pair_ranks(
+    query_QE: torch.Tensor, gallery_GE: torch.Tensor, query_P: torch.Tensor, gallery_P: torch.Tensor
+) -> torch.Tensor:
+    """As `right_ranks`, where any number of gallery entries is right: query_P[p] and gallery_P[p] belong
+    together."""
+    order_P = query_P.argsort(stable=True)
+    query_P, gallery_P = query_P[order_P], gallery_P[order_P]
+    ranks = []
+    for rows in _chunks(len(query_QE), len(gallery_GE)):
+        ends = torch.tensor([rows.start, rows.stop], device=query_P.device)
+        first, last = torch.searchsorted(query_P, ends).tolist()
+        scores_QG = query_QE[rows] @ gallery_GE.T
+        right_QG = torch.zeros_like(scores_QG, dtype=torch.bool)
+        right_QG[query_P[first:last] - rows.start, gallery_P[first:last]] = True
+        best_Q1 = scores_QG.masked_fill(~right_QG, -math.inf).amax(dim=1, keepdim=True)
+        ranks.append(((scores_QG >= best_Q1) & ~right_QG).sum(dim=1))
+    return torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64)
+
+
 def best_matches(
     query_QE: torch.Tensor, gallery_GE: torch.Tensor, keep: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,29 +130,54 @@ def chance_recall(right_Q: Sequence[int], gallery: int) -> dict[str, float]:
     return chance
 
 
-def evaluate_retrieval(image_NE: torch.Tensor, text_UE: torch.Tensor, groups: CaptionGroups) -> dict:
-    """Recall in both directions with its chance level.
+def evaluate_retrieval(
+    image_NE: torch.Tensor,
+    text_UE: torch.Tensor,
+    groups: CaptionGroups,
+    image_P: torch.Tensor | None = None,
+    seed: int = 0,
+) -> dict:
+    """Recall in both directions with bootstrap intervals (over the queries) and its chance level.
 
-    `image_NE` and `text_UE` are unit vectors: one per image, one per distinct text. Raises NonFinite.
+    Args:
+        image_NE: unit vectors, one per image.
+        text_UE: unit vectors, one per distinct text.
+        groups: the captions of the set.
+        image_P: int64, the image of each of these captions; none: caption n is that of image n.
+        seed: keys the bootstrap.
+
+    Raises:
+        NonFinite: an embedding is not finite.
     """
     require_finite("image", image_NE)
     require_finite("text", text_UE)
     num_images, num_texts = len(image_NE), len(text_UE)
-    text_group_U = torch.arange(num_texts, device=image_NE.device)
-    group_N = groups.group_N.to(image_NE.device)
-    image_ranks_N = right_ranks(image_NE, text_UE, group_N, text_group_U)
-    text_ranks_U = right_ranks(text_UE, image_NE, text_group_U, group_N)
-    images_per_text = torch.bincount(groups.group_N, minlength=num_texts).tolist()
+    carriers_P = torch.arange(num_images) if image_P is None else image_P.cpu()
+    pairs_P2 = torch.stack([carriers_P, groups.group_N], dim=1).unique(dim=0).to(image_NE.device)
+    shown_P, text_P = pairs_P2[:, 0], pairs_P2[:, 1]
+    # An image without a caption asks for nothing; it still stands in the gallery.
+    asking = shown_P.unique()
+    ranks = {
+        "image_to_text": pair_ranks(image_NE, text_UE, shown_P, text_P)[asking],
+        "text_to_image": pair_ranks(text_UE, image_NE, text_P, shown_P),
+    }
+    texts_per_image = torch.bincount(shown_P, minlength=num_images)[asking].tolist()
+    images_per_text = torch.bincount(text_P, minlength=num_texts).tolist()
     return {
         "images": num_images,
         "texts": num_texts,
-        "image_to_text": {**recall(image_ranks_N), "median_rank": _median_rank(image_ranks_N)},
-        "text_to_image": {**recall(text_ranks_U), "median_rank": _median_rank(text_ranks_U)},
+        "pairs": len(pairs_P2),
+        **{name: {**recall(found), "median_rank": _median_rank(found)} for name, found in ranks.items()},
+        "interval": {name: _intervals(found, f"{name}/{seed}") for name, found in ranks.items()},
         "chance": {
-            "image_to_text": chance_recall([1], num_texts),
+            "image_to_text": chance_recall(texts_per_image, num_texts),
             "text_to_image": chance_recall(images_per_text, num_images),
         },
     }
+
+
+def _intervals(ranks_Q: torch.Tensor, key: str) -> dict[str, list[float]]:
+    return {f"r{k}": share_interval(int((ranks_Q < k).sum()), len(ranks_Q), f"{key}/r{k}") for k in CUTOFFS}
 
 
 def _median_rank(ranks_Q: torch.Tensor) -> int:

@@ -10,30 +10,39 @@ from system.config import TrainConfig, digest, identity, to_dict, validate
 RECORD = "config.json"
 
 
-def describe_run(config: TrainConfig, dataset_digest: str) -> dict[str, Any]:
+def describe_run(
+    config: TrainConfig, dataset_digest: str, initial_weights: str | None = None
+) -> dict[str, Any]:
     """What `config.json` and every checkpoint manifest say about the run."""
-    return {
+    description = {
         "config": to_dict(config),
         "identity": digest(identity(config)),
         "dataset": dataset_digest,
     }
+    return description | ({"initial_weights": initial_weights} if initial_weights else {})
 
 
-def claim_run(run: ObjectStore, config: TrainConfig, dataset_digest: str) -> None:
+def claim_run(
+    run: ObjectStore, config: TrainConfig, dataset_digest: str, initial_weights: str | None = None
+) -> None:
     """Write the record of a new run, or check that this is the same run.
+
+    Args:
+        initial_weights: digest of the file that the run begins from, if any.
 
     Raises:
         ManifestMismatch: the data set is not the one that the run began with.
-        CheckpointIncompatible: a key of the run's identity differs.
+        CheckpointIncompatible: a key of the run's identity, or the weights that it begins from, differ.
     """
-    description = describe_run(config, dataset_digest)
+    description = describe_run(config, dataset_digest, initial_weights)
     if run.put_if_absent(RECORD, json.dumps(description, indent=1, sort_keys=True).encode()):
         return
     known = json.loads(run.get(RECORD))
     if known["dataset"] != dataset_digest:
         raise ManifestMismatch(
             f"{run.uri}: this run began on the data set with manifest digest {known['dataset'][:12]}, "
-            f"{config.data.uri} has {dataset_digest[:12]}; give the same data set or a new run.uri"
+            f"{', '.join(part.uri for part in config.data.parts)} has {dataset_digest[:12]}; "
+            "give the same data set or a new run.uri"
         )
     if known["identity"] != description["identity"]:
         before, now = (
@@ -46,6 +55,19 @@ def claim_run(run: ObjectStore, config: TrainConfig, dataset_digest: str) -> Non
             f"{run.uri}: this run has another configuration: {changes}; "
             "keep these keys or choose a new run.uri"
         )
+    if known.get("initial_weights") != initial_weights:
+        raise CheckpointIncompatible(
+            f"{run.uri}: this run began from weights with SHA-256 {known.get('initial_weights')}, "
+            f"{config.init.uri} has {initial_weights}; put those back or choose a new run.uri"
+        )
+
+
+def recorded_initial_weights(run: ObjectStore) -> str | None:
+    """Digest of the weights that the run began from; none if it began from none, or never began."""
+    try:
+        return json.loads(run.get(RECORD)).get("initial_weights")
+    except ObjectNotFound:
+        return None
 
 
 def load_run_config(run: ObjectStore) -> TrainConfig:

@@ -7,7 +7,7 @@ attempt ends.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,8 +39,10 @@ class Trainer:
         events: EventLog,
         console: Console,
         stop: StopRequest,
+        after_step: Callable[[int], None],
     ) -> None:
-        self.config = config
+        """`after_step` is called with the number of applied steps once the step is done, by all ranks."""
+        self.config, self.after_step = config, after_step
         self.engine, self.teacher, self.comm = engine, teacher, comm
         self.checkpointer, self.events, self.console, self.stop = checkpointer, events, console, stop
         self.steps_done = 0
@@ -74,6 +76,7 @@ class Trainer:
                     f"stopped at step {self.steps_done}, checkpoint at step {last_saved}; "
                     "run the same command to go on"
                 )
+            self.after_step(self.steps_done)
             waiting = time.perf_counter()
         if last_saved != self.steps_done and not self.save():
             raise StorageUnavailable(

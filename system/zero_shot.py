@@ -3,19 +3,22 @@
 Shapes: N images, C classes, T templates, E embedding width.
 
 A class is one name. Its weight is the mean over the templates of the unit text embeddings, made unit again,
-as in CLIP and SLIP. Their 80 ImageNet templates can be given as a file: one template per line, `{}` for the
-name.
+as in CLIP and SLIP. Their 80 ImageNet templates can be given as a file: one template per line, `{}` (or
+`{c}`, as CLIP_benchmark writes it) for the name.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from cluster.errors import ConfigError, DataError
 from system.retrieval import normalise_caption, require_finite, right_ranks
+from system.scoring import classification_scores
 
+PLACE, BENCHMARK_PLACE = "{}", "{c}"
 TEMPLATES = (
     "{}",
     "a picture of {}.",
@@ -46,13 +49,22 @@ class ClassList:
             raise DataError(f"{source}: no class names in it, write one name per line")
         return cls(tuple(distinct.values()), source)
 
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Number of every normalised name."""
+        return {normalise_caption(name): number for number, name in enumerate(self.names)}
+
+    def find(self, text: str, index: Mapping[str, int] | None = None) -> int:
+        """The class that `text` is the name of, -1 for none; `index` takes the place of the names."""
+        return (self.index if index is None else index).get(normalise_caption(text), -1)
+
     def labels(self, captions: Sequence[str]) -> torch.Tensor:
         """int64 [N]: the class of every caption, -1 where none fits.
 
         A caption belongs to the longest class name that stands in it as whole words (equal to the name is the
         plain case); of two equally long names the one that comes first in the caption.
         """
-        index = {tuple(normalise_caption(name).split()): position for position, name in enumerate(self.names)}
+        index = {tuple(name.split()): number for name, number in self.index.items()}
         longest = max(len(words) for words in index)
         return torch.tensor([_label(caption, index, longest) for caption in captions], dtype=torch.int64)
 
@@ -69,10 +81,15 @@ def _label(caption: str, index: dict[tuple[str, ...], int], longest: int) -> int
     return -1
 
 
-def read_lines(path: str, what: str) -> list[str]:
-    """The non-blank lines of a text file. ConfigError if it cannot be read, DataError if nothing is in it."""
+def read_lines(path: str, what: str, data: bytes | None = None) -> list[str]:
+    """The non-blank lines of a text file. ConfigError if it cannot be read, DataError if nothing is in it.
+
+    Args:
+        what: the setting that names the file.
+        data: the file's content where somebody has read it.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = (Path(path).read_bytes() if data is None else data).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{what}={path}: cannot be read ({error}), give a text file with one entry per line"
@@ -83,17 +100,21 @@ def read_lines(path: str, what: str) -> list[str]:
     return lines
 
 
-def read_templates(path: str | None) -> tuple[str, ...]:
-    """The templates of a file, or the built-in ones. ConfigError for a line without exactly one `{}`."""
-    if path is None:
-        return TEMPLATES
-    templates = tuple(read_lines(path, "templates"))
-    for line in templates:
-        if line.count("{}") != 1:
+def parse_templates(lines: Sequence[str], where: str) -> tuple[str, ...]:
+    """Templates with `{}` for the class name. ConfigError for a line without exactly one place for it."""
+    templates = tuple(line.replace(BENCHMARK_PLACE, PLACE) for line in lines)
+    for line, template in zip(lines, templates, strict=True):
+        if template.count(PLACE) != 1:
             raise ConfigError(
-                f"templates={path}: the line {line!r} must hold {{}} once, where the class name goes"
+                f"{where}: the template {line!r} must hold {PLACE} or {BENCHMARK_PLACE} once, where the "
+                "class name goes; correct templates"
             )
     return templates
+
+
+def read_templates(path: str | None) -> tuple[str, ...]:
+    """The templates of a file, or the built-in ones. Raises as `read_lines` and `parse_templates`."""
+    return TEMPLATES if path is None else parse_templates(read_lines(path, "templates"), f"templates={path}")
 
 
 def class_embeddings(
@@ -104,16 +125,17 @@ def class_embeddings(
     classes_at_once = max(1, batch // len(templates))
     for start in range(0, len(names), classes_at_once):
         some = names[start : start + classes_at_once]
-        prompts = [template.replace("{}", name) for name in some for template in templates]
+        prompts = [template.replace(PLACE, name) for name in some for template in templates]
         parts = [encode(prompts[first : first + batch]) for first in range(0, len(prompts), batch)]
         sums.append(torch.cat(parts).unflatten(0, (len(some), len(templates))).mean(dim=1))
     return torch.nn.functional.normalize(torch.cat(sums), dim=-1)
 
 
 def evaluate_zero_shot(
-    image_NE: torch.Tensor, class_CE: torch.Tensor, labels_N: torch.Tensor, source: str
+    image_NE: torch.Tensor, class_CE: torch.Tensor, labels_N: torch.Tensor, source: str, seed: int = 0
 ) -> dict:
-    """Top-1 and top-5 over the images that have a class (label >= 0), with the chance level.
+    """Top-1, top-5 and mean per class over the images that have a class (label >= 0), with intervals and the
+    chance level.
 
     Raises DataError if no image has a class, NonFinite if an embedding is not finite.
     """
@@ -130,9 +152,6 @@ def evaluate_zero_shot(
     return {
         "classes": classes,
         "class_source": source,
-        "images": len(image_ME),
         "images_without_class": int((~labelled_N).sum()),
-        "top1": float((ranks_M < 1).double().mean()),
-        "top5": float((ranks_M < 5).double().mean()),
-        "chance": {"top1": 1.0 / classes, "top5": min(1.0, 5.0 / classes)},
+        **classification_scores(ranks_M, label_M, classes, f"zero_shot/{seed}"),
     }

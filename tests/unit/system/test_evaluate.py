@@ -16,11 +16,13 @@ from cluster.errors import ConfigError, DataError, ManifestMismatch, NonFinite, 
 from cluster.manifest import Manifest, commit, file_entry, load
 from cluster.store import open_store
 from data_pipeline.loader import eval_batches
-from data_pipeline.records import DATASET_KIND
-from system.evaluate import EvaluateConfig, evaluate, render
+from data_pipeline.records import DATASET_KIND, DATASET_VERSION
+from system.evaluate import EvaluateConfig, evaluate, evaluations
+from system.evaluation_figures import write_scores
+from system.evaluation_view import render, render_several
 from system.export import ExportConfig, export, load_export
 from system.history import load_history
-from system.report import load_run
+from system.report import load_run, write_report
 from tests.support.small_dataset import write_dataset
 from tests.support.small_run import CHECKPOINTS, write_run
 
@@ -105,6 +107,51 @@ def test_result_is_stored_with_examples_and_an_event(folder: Path):
     assert "zero-shot, 11 classes" in console.export_text()
 
 
+def test_all_checkpoints_or_those_of_a_list(folder: Path, tmp_path: Path):
+    results = list(evaluations(str(folder / "run"), config(folder, every=True, pictures=0)))
+    assert tuple(result["step"] for result in results) == CHECKPOINTS
+    alone = evaluate(str(folder / "run"), config(folder, checkpoint=CHECKPOINTS[0], pictures=0))
+    assert alone["retrieval"] == results[0]["retrieval"]
+    (listed,) = evaluations(str(folder / "run"), config(folder, steps=(CHECKPOINTS[0],), pictures=0))
+    assert listed["zero_shot"] == alone["zero_shot"]
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(render_several(results))
+    text = console.export_text()
+    assert all(str(step) in text for step in CHECKPOINTS)
+    facts = write_report(str(folder / "run"), tmp_path / "report.html")
+    assert {found["step"] for found in facts["evaluations"]} == set(CHECKPOINTS)
+    assert "Evaluations by step" in (tmp_path / "report.html").read_text()
+    with pytest.raises(ObjectNotFound, match="step 99"):
+        list(evaluations(str(folder / "run"), config(folder, steps=(6, 99))))
+    with pytest.raises(ValueError, match="one of checkpoint, steps and every"):
+        config(folder, every=True, checkpoint=6)
+
+
+def test_scores_are_drawn_and_written(folder: Path, tmp_path: Path):
+    results = list(evaluations(str(folder / "run"), config(folder, every=True, pictures=0)))
+    for number, some in enumerate((results[:1], results)):
+        written = write_scores(some, tmp_path / str(number))
+        with Image.open(written[0]) as image:
+            assert min(image.size) > 200
+        assert json.loads(Path(written[1]).read_text()) == some
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="give another output"):
+        write_scores(results, tmp_path / "file")
+
+
+def test_learnt_tasks_and_patches_of_a_data_set(folder: Path):
+    tasks = ("knn", "masked")
+    result = evaluate(str(folder / "run"), config(folder, tasks=tasks, train=str(folder / "data")))
+    assert result["tasks"] == list(tasks)
+    assert result["knn"]["top1"] == 1.0  # every image is in the training split, and nearest to itself
+    assert result["knn"]["classes"] == SAMPLES
+    assert result["masked"]["cosine"] <= 1
+    assert stored(folder, "step-000000012-*-knn+masked.json")["knn"] == result["knn"]
+    assert load_history(open_store(str(folder / "run"))).evaluations[-1].facts["knn_top1"] == 1.0
+    with pytest.raises(ValueError, match="set train or change tasks"):
+        config(folder, tasks=("knn",))
+
+
 def test_every_evaluation_keeps_its_event_and_the_trainers(folder: Path):
     run = open_store(str(folder / "run"))
     before = load_history(run)
@@ -119,6 +166,9 @@ def test_class_names_and_templates_come_from_files(folder: Path, tmp_path: Path)
     (tmp_path / "names.txt").write_text("picture number 3\npicture number 10\nsomething else\n")
     (tmp_path / "templates.txt").write_text("this is {}\n")
     files = {"class_names": str(tmp_path / "names.txt"), "templates": str(tmp_path / "templates.txt")}
+    with pytest.raises(DataError, match=r"no image of the class 'something else'.*empty_classes=allow"):
+        evaluate(str(folder / "run"), config(folder, **files))
+    files["empty_classes"] = "allow"
     result = evaluate(str(folder / "run"), config(folder, **files))["zero_shot"]
     assert (result["classes"], result["templates"]) == (3, 1)
     assert (result["images"], result["images_without_class"]) == (2, 9)
@@ -146,8 +196,9 @@ def test_mistakes_are_one_clear_error(folder: Path, tmp_path: Path):
 
 def test_empty_data_set_and_foreign_folder_are_errors(folder: Path, tmp_path: Path):
     store = open_store(str(tmp_path / "empty"))
-    counts = {"rows_in": 0, "kept": 0, "rejected": 0}
-    commit(store, Manifest(DATASET_KIND, 1, (), {"shards": [], "recipe": {}, "counts": counts}))
+    counts = {"rows_in": 0, "kept": 0, "dropped": 0}
+    meta = {"format": "tar", "shards": [], "recipe": {}, "counts": counts}
+    commit(store, Manifest(DATASET_KIND, DATASET_VERSION, (), meta))
     with pytest.raises(DataError, match="empty"):
         evaluate(str(folder / "run"), config(folder, data=str(tmp_path / "empty")))
     with pytest.raises(ManifestMismatch, match="holds a checkpoint, not a dataset"):

@@ -2,17 +2,23 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
-from cluster.errors import CheckpointIncompatible, ManifestMismatch, ObjectNotFound
+from cluster.errors import CheckpointIncompatible, ConfigError, DataError, ManifestMismatch, ObjectNotFound
 from cluster.store import open_store
+from model import convert
+from model.config import preset
 from system.checkpoint import read_parameters
-from system.export import ExportConfig, export, load_export
+from system.export import ExportConfig, export, load_export, load_trained
 from tests.support.small_dataset import flip_byte, picture, write_dataset
 from tests.support.small_run import run_config, student_and_teacher, write_run
 
@@ -36,7 +42,7 @@ def code_block(text: str) -> str:
 def test_export_is_the_newest_checkpoint_without_the_branches_of_training(run: str, tmp_path: Path):
     result = export(run, ExportConfig(output=str(tmp_path / "out")))
     assert (result["step"], result["tower"], result["written"]) == (12, "student", True)
-    student, _ = student_and_teacher(run_config(run, ""), 12)
+    student, _ = student_and_teacher(run_config(run, "somewhere"), 12)
     weights = load_file(tmp_path / "out/model.safetensors")
     training = ("decoder.", "quantizer.", "text_decoder.", "mlm_head.")
     assert weights.keys() == {name for name in student if not name.startswith(training)}
@@ -46,7 +52,7 @@ def test_export_is_the_newest_checkpoint_without_the_branches_of_training(run: s
 
 def test_teacher_export_has_the_averaged_image_tower(run: str, tmp_path: Path):
     export(run, ExportConfig(output=str(tmp_path / "out"), checkpoint=6, tower="teacher"))
-    student, teacher = student_and_teacher(run_config(run, ""), 6)
+    student, teacher = student_and_teacher(run_config(run, "somewhere"), 6)
     for name, weight in load_file(tmp_path / "out/model.safetensors").items():
         assert torch.equal(weight, (teacher if name.startswith("vision.") else student)[name])
 
@@ -135,6 +141,94 @@ def test_the_example_of_the_model_card_runs(run: str, tmp_path: Path, capsys: py
     code = code_block(card).replace("path/of/this/folder", str(tmp_path))
     exec(compile(code.replace("picture.jpg", str(tmp_path / "picture.jpg")), "model card", "exec"), {})
     assert "tensor([[" in capsys.readouterr().out
+
+
+def test_card_says_how_it_was_trained_and_what_evaluations_found(run: str, tmp_path: Path):
+    copy, output = tmp_path / "run", str(tmp_path / "out")
+    shutil.copytree(run, copy)
+    result = export(str(copy), ExportConfig(output=output))
+    before = (tmp_path / "out/README.md").read_text("utf-8")
+    assert "was not evaluated before the export" in before
+    for fact in (result["dataset"], result["checkpoint"], "step 12", "| samples seen | 96 |", "seed 5"):
+        assert fact in before
+    assert "weight_decay: 0.5" in before
+    scores = {"zero_shot": {"top1": 0.25, "source": "captions"}, "retrieval": {"image_to_text": {"r1": 0.5}}}
+    for name, step, tower in (("a", 12, "student"), ("b", 12, "teacher"), ("c", 6, "student")):
+        document = {"step": step, "tower": tower, "data": {"uri": f"set-{name}"}, "scores": scores}
+        path = copy / f"evaluations/step-{step:09d}-{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(document))
+    with pytest.raises(ManifestMismatch, match=r"of the same checkpoint, but with another README\.md"):
+        export(str(copy), ExportConfig(output=output))
+    export(str(copy), ExportConfig(output=str(tmp_path / "later")))
+    after = (tmp_path / "later/README.md").read_text("utf-8")
+    assert [line for line in after.splitlines() if line.startswith("| set-")] == [
+        "| set-a | zero shot top1 | 0.25 |",
+        "| set-a | retrieval image to text r1 | 0.5 |",
+    ]
+    (copy / "evaluations/step-000000012-a.json").write_text("{")
+    with pytest.raises(DataError, match=r"step-000000012-a\.json: not JSON"):
+        export(str(copy), ExportConfig(output=str(tmp_path / "broken")))
+
+
+@pytest.mark.parametrize("tower", ["student", "teacher"])
+@pytest.mark.parametrize("layout", ["maskclip", "hugging_face", "open_clip"])
+def test_streamed_file_is_that_of_the_whole_state(run: str, tmp_path: Path, layout, tower):
+    result = export(run, ExportConfig(output=str(tmp_path), layout=layout, tower=tower))
+    model = load_trained(open_store(run), None, tower).model
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    whole = {
+        entry.name: entry.make(state.__getitem__).contiguous()
+        for entry in convert.exported(model.config, layout)
+    }
+    (file,) = tmp_path.glob("*.safetensors")
+    assert file.read_bytes() == save(whole, metadata={"format": "pt"})
+    assert result["parameters"] == sum(tensor.numel() for tensor in whole.values())
+
+
+def test_memory_does_not_grow_with_the_layers(tmp_path: Path):
+    """24 more layers of the image tower are 19 MB of weights; what an export adds at its peak is less."""
+    write_dataset(str(tmp_path / "data"), [2])
+    base = preset("test")
+    for layers in (1, 25):
+        vision = replace(base.vision, width=128, layers=layers)
+        text = replace(base.text, vocab_size=1000, layers=1)
+        distill = replace(base.distill, weight=0.0)
+        model = replace(base, vision=vision, text=text, distill=distill)
+        write_run(str(tmp_path / f"run-{layers}"), str(tmp_path / "data"), model)
+    script = ROOT / "tests/support/export_memory.py"
+    argv = [sys.executable, str(script), *(str(tmp_path / f"run-{layers}") for layers in (1, 25))]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    small, large, weights = map(int, done.stdout.split())
+    assert weights > 19 << 20
+    assert large < small + (weights - small) / 4
+
+
+def test_layout_of_others_is_not_for_load_export(run: str, tmp_path: Path):
+    export(run, ExportConfig(output=str(tmp_path), layout="open_clip"))
+    assert json.loads((tmp_path / "maskclip.json").read_bytes())["provenance"]["step"] == 12
+    with pytest.raises(ManifestMismatch, match="is in the layout open_clip; load it with that library"):
+        load_export(str(tmp_path))
+
+
+def test_model_that_open_clip_cannot_say_is_refused(tmp_path: Path):
+    write_dataset(str(tmp_path / "data"), [2])
+    base = preset("test")
+    model = replace(base, text=replace(base.text, activation="quick_gelu"))
+    write_run(str(tmp_path / "run"), str(tmp_path / "data"), model)
+    with pytest.raises(ConfigError, match="one activation for both towers, this model has gelu"):
+        export(str(tmp_path / "run"), ExportConfig(output=str(tmp_path / "out"), layout="open_clip"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_teacher_of_a_run_without_one_is_refused(tmp_path: Path):
+    write_dataset(str(tmp_path / "data"), [2])
+    base = preset("test")
+    model = replace(base, distill=replace(base.distill, weight=0.0))
+    write_run(str(tmp_path / "run"), str(tmp_path / "data"), model)
+    with pytest.raises(CheckpointIncompatible, match=r"has no teacher .* choose tower=student"):
+        export(str(tmp_path / "run"), ExportConfig(output=str(tmp_path / "out"), tower="teacher"))
 
 
 def test_the_reader_of_the_documentation_reads_a_checkpoint(run: str):

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from cluster.errors import NonFinite
 from system import retrieval
-from system.retrieval import CaptionGroups, best_matches, chance_recall, evaluate_retrieval, right_ranks
+from system.retrieval import (
+    CaptionGroups,
+    best_matches,
+    chance_recall,
+    evaluate_retrieval,
+    pair_ranks,
+    right_ranks,
+)
 
 WORDS = ["A dog", "a  dog ", "a cat", "tree", "the sea", "A CAT", "house", "snow"]
 
@@ -54,6 +61,9 @@ def test_chunks_do_not_change_ranks_or_matches(monkeypatch: pytest.MonkeyPatch):
     best = best_matches(query, gallery, 5)
     monkeypatch.setattr(retrieval, "CHUNK_SCORES", 40)
     assert torch.equal(right_ranks(query, gallery, query_group, gallery_group), whole)
+    query_pair, gallery_pair = (query_group[:, None] == gallery_group[None, :]).nonzero().unbind(dim=1)
+    mixed = torch.randperm(len(query_pair), generator=torch.Generator().manual_seed(2))
+    assert torch.equal(pair_ranks(query, gallery, query_pair[mixed], gallery_pair[mixed]), whole)
     assert torch.equal(best_matches(query, gallery, 5)[1], best[1])
 
 
@@ -71,6 +81,47 @@ def test_a_perfect_model_scores_one():
     result = evaluate_retrieval(text[[0, 1, 1, 2]], text, CaptionGroups.of(captions))
     for direction in ("image_to_text", "text_to_image"):
         assert result[direction] == {"r1": 1.0, "r5": 1.0, "r10": 1.0, "median_rank": 1}
+
+
+@given(data=st.data(), seed=st.integers(0, 10_000))
+@settings(max_examples=30, deadline=None)
+def test_an_image_with_several_captions_is_hit_by_any(data: st.DataObject, seed: int):
+    images = data.draw(st.integers(1, 8))
+    pairs = [
+        (image, caption)
+        for image in range(images)
+        for caption in data.draw(st.lists(st.sampled_from(WORDS), min_size=1, max_size=4))
+    ]
+    groups = CaptionGroups.of([caption for _, caption in pairs])
+    image, text = unit(images, 8, seed), unit(len(groups.texts), 8, seed + 1)
+    result = evaluate_retrieval(image, text, groups, torch.tensor([number for number, _ in pairs]))
+    of_image: list[set[int]] = [set() for _ in range(images)]
+    of_text: list[set[int]] = [set() for _ in groups.texts]
+    for (number, _), group in zip(pairs, groups.group_N.tolist(), strict=True):
+        of_image[number].add(group)
+        of_text[group].add(number)
+    for k in (1, 5, 10):
+        assert result["image_to_text"][f"r{k}"] == plain_recall(image, text, of_image, k)
+        assert result["text_to_image"][f"r{k}"] == plain_recall(text, image, of_text, k)
+
+
+def test_images_without_a_caption_ask_for_nothing_and_stay_in_the_way():
+    text = torch.eye(3)
+    images = text[[0, 1, 1]]
+    result = evaluate_retrieval(images, text[:2], CaptionGroups.of(["a", "b"]), torch.tensor([0, 1]))
+    assert result["image_to_text"]["r1"] == 1.0
+    assert result["text_to_image"]["r1"] == 0.5  # the third picture is as near to "b" as its own
+
+
+def test_shuffled_captions_are_chance():
+    images = unit(400, 16, 0)
+    captions = [f"text {number}" for number in range(400)]
+    shuffled = images[torch.randperm(400, generator=torch.Generator().manual_seed(1))]
+    result = evaluate_retrieval(images, shuffled, CaptionGroups.of(captions))
+    for direction in ("image_to_text", "text_to_image"):
+        low, high = result["interval"][direction]["r10"]
+        assert low <= result["chance"][direction]["r10"] <= high
+        assert result["chance"][direction]["r10"] == pytest.approx(10 / 400)
 
 
 @pytest.mark.parametrize(("right", "gallery"), [(1, 7), (3, 7), (7, 7), (2, 4)])

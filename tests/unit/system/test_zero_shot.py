@@ -64,9 +64,12 @@ def test_templates_of_a_file_need_one_place_for_the_name(tmp_path: Path):
     path = tmp_path / "templates.txt"
     path.write_text("a {}.\n\n{} there\n")
     assert read_templates(str(path)) == ("a {}.", "{} there")
-    path.write_text("a {}.\nno place\n")
-    with pytest.raises(ConfigError, match="'no place'"):
-        read_templates(str(path))
+    path.write_text("a {c}.\n")
+    assert read_templates(str(path)) == ("a {}.",)
+    for wrong in ("no place", "{} and {}", "{} and {c}"):
+        path.write_text(f"a {{}}.\n{wrong}\n")
+        with pytest.raises(ConfigError, match=f"'{wrong}'.*correct templates"):
+            read_templates(str(path))
     assert read_templates(None) == TEMPLATES
 
 
@@ -94,7 +97,16 @@ def test_score_counts_only_images_with_a_class():
     result = evaluate_zero_shot(images, weights, torch.tensor([0, 1, 5, -1]), "names.txt")
     assert (result["images"], result["images_without_class"]) == (3, 1)
     assert result["top1"] == pytest.approx(2 / 3)
-    assert result["chance"] == {"top1": pytest.approx(1 / 6), "top5": pytest.approx(5 / 6)}
+    assert result["mean_per_class"] == pytest.approx(2 / 3)
+    sixth = pytest.approx(1 / 6)
+    assert result["chance"] == {"top1": sixth, "top5": pytest.approx(5 / 6), "mean_per_class": sixth}
+
+
+def test_images_that_are_their_class_are_all_right():
+    labels = torch.arange(40) % 7
+    result = evaluate_zero_shot(torch.eye(7)[labels], torch.eye(7), labels, "names.txt")
+    assert [result[name] for name in ("top1", "top5", "mean_per_class")] == [1.0, 1.0, 1.0]
+    assert result["interval"]["top1"] == [1.0, 1.0]
 
 
 def test_no_image_with_a_class_is_an_error():
