@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from cluster.errors import CheckpointIncompatible, DataError, MaskClipError
-from cluster.events import EventLog
+from cluster.errors import CheckpointIncompatible, DataError, MaskClipError, Superseded
+from cluster.events import EventLog, newest_attempt
 from cluster.manifest import MANIFEST, FileEntry, Manifest, commit, file_entry, verify
 from cluster.store import ObjectStore
 from system.agreement import on_rank_zero, state_digest
@@ -101,7 +101,11 @@ class Checkpointer:
 
     def save(self, step: int, meta: dict[str, Any]) -> bool:
         """Write and commit the state after `step` applied steps. False, with an event, when the store
-        refused it."""
+        refused it.
+
+        Raises:
+            Superseded: a newer attempt has begun. Two that go on from one checkpoint would mix their steps.
+        """
         started = time.monotonic()
         store = self._run.child(f"checkpoints/{step_folder(step)}")
         digest = self._digest()
@@ -124,6 +128,8 @@ class Checkpointer:
             manifest = Manifest(KIND, VERSION, tuple(parts), everything)
             try:
                 on_rank_zero(lambda: self._commit(store, manifest))
+            except Superseded:
+                raise
             except MaskClipError as error:
                 problems = [str(error)]
         if dist.get_rank() == 0:
@@ -138,11 +144,18 @@ class Checkpointer:
     def _commit(self, store: ObjectStore, manifest: Manifest) -> None:
         """The record of the steps goes first: a resume never repeats a committed step, so its events would
         be lost for good. A store that is too slow for them does not hold the checkpoint up."""
+        newest, own = newest_attempt(self._run), self._events.attempt
+        if newest > own:
+            raise Superseded(
+                f"{self._run.uri}: attempt {newest} of this run has begun meanwhile, so attempt {own} ends "
+                "without this checkpoint; stop one of the two or give it another run.uri"
+            )
         self._events.flush()
         commit(store, manifest)
 
     def _write(self, store: ObjectStore) -> FileEntry:
-        name = f"rank-{dist.get_rank():05d}.safetensors"
+        # No attempt writes over a file of another one, so what is committed stays as it is.
+        name = f"rank-{dist.get_rank():05d}.attempt-{self._events.attempt:04d}.safetensors"
         with tempfile.TemporaryDirectory(prefix="maskclip-") as folder:
             path = Path(folder) / name
             save_file(self._saved_tensors(), path)
