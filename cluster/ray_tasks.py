@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cluster.errors import ConfigError, MaskClipError
+from cluster.errors import ConfigError, Hang, MaskClipError
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -42,13 +42,18 @@ def ray_session(num_cpus: int | None) -> Iterator[None]:
     """Ray for the length of a block: the cluster at RAY_ADDRESS if that is set, else a local one.
 
     A local one has `num_cpus` cores (None: all of them) and ends with the block. A session that is already
-    open is used as it is. Raises ConfigError when nothing answers at RAY_ADDRESS.
+    open is used as it is.
+
+    Raises:
+        ConfigError: nothing answers at RAY_ADDRESS.
+        Hang: Ray itself failed within the block, not a task: another attempt may pass.
     """
     import ray
     from ray.exceptions import RayError
 
     if ray.is_initialized():
-        yield
+        with _ray_faults():
+            yield
         return
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -73,9 +78,28 @@ def ray_session(num_cpus: int | None) -> Iterator[None]:
             f"{where}: no session ({reason}); start the cluster, or set or unset RAY_ADDRESS"
         ) from exc
     try:
-        yield
+        with _ray_faults():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _ray_faults() -> Iterator[None]:
+    """An exception of Ray that is not one of a task becomes a Hang: an agent or a machine of Ray is gone."""
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        yield
+    except RayError as exc:
+        if isinstance(exc, RayTaskError):
+            raise
+        raise _fault(exc) from exc
+
+
+def _fault(exc: BaseException) -> Hang:
+    reason = " ".join(str(exc).split())[:300]
+    return Hang(f"Ray failed ({type(exc).__name__}: {reason}); run again, what is done stays done")
 
 
 def _probe(address: str) -> None:
@@ -101,14 +125,15 @@ def run_bounded(
     and go), those done but not yet taken included, and `items` is read only as places become free. A task
     that raises, or whose worker dies, runs again up to `retries` times; then its own exception is raised and
     the others in flight are cancelled, as they are when the caller stops early. A MaskClipError is never run
-    again. A worker that keeps dying raises a MaskClipError that names the item by `label`.
+    again. A worker that keeps dying raises a MaskClipError that names the item by `label`, a node that does a
+    Hang, and so does Ray itself when it fails, at once.
 
     All tasks together may be run again `budget` times plus once for every ten that succeeded (None: as many
     as the window holds, at least 16), so that a cluster on which everything fails now and then ends the job
     and one on which a node is lost now and then does not. Needs a ray_session.
     """
     import ray
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import RayError, RaySystemError, RayTaskError
 
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; it must be at least 1")
@@ -131,6 +156,8 @@ def run_bounded(
             try:
                 result = ray.get(done)
             except RayError as exc:
+                if isinstance(exc, RaySystemError):
+                    raise _fault(exc) from exc
                 name = label(item) if label else f"task {index}"
                 failure = _failure(exc, name, attempt)
                 if attempt > retries or (
@@ -161,11 +188,13 @@ def _places() -> int:
 
 def _failure(exc: RayError, name: str, attempt: int) -> BaseException:
     """The exception of the function itself, or a named one when its worker died."""
-    from ray.exceptions import RayTaskError
+    from ray.exceptions import LocalRayletDiedError, NodeDiedError, RayTaskError
 
     if isinstance(exc, RayTaskError):
         return exc.cause if isinstance(exc.cause, BaseException) else exc
     reason = str(exc).strip().partition("\n")[0]
+    if isinstance(exc, LocalRayletDiedError | NodeDiedError):
+        return Hang(f"{name}: its node died in attempt {attempt} ({reason}); run again")
     return MaskClipError(f"{name}: its worker process died in attempt {attempt} ({reason})")
 
 
@@ -179,4 +208,5 @@ def _cancel(refs: list[ObjectRef]) -> None:
             with suppress(RayError):
                 ray.cancel(ref, force=force)
         if refs:
-            _, refs = ray.wait(refs, num_returns=len(refs), timeout=_CANCEL_SECONDS)
+            with suppress(RayError):  # Ray itself may be what failed
+                _, refs = ray.wait(refs, num_returns=len(refs), timeout=_CANCEL_SECONDS)

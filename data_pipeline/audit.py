@@ -4,6 +4,7 @@
     no source row stands twice, no id stands twice
     every kept row stands where its row says, and nothing else stands in the shards
     every file has its size and its SHA-256, every image its checksum
+    the manifest does not contradict itself
 
 Every byte is read once. Memory is bounded by a few files of rows or indexes and one bucket of `Buckets`,
 whatever the size of the set. `audit_job` does the same for a job that has not committed yet.
@@ -11,9 +12,10 @@ whatever the size of the set. `audit_job` does the same for a job that has not c
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,11 @@ import numpy as np
 
 from cluster import manifest as manifests
 from cluster.errors import ManifestMismatch
-from cluster.manifest import MANIFEST
+from cluster.manifest import MANIFEST, Manifest
 from cluster.store import ObjectStore, open_store
 from data_pipeline.audit_files import check_file, check_rows, check_shard
 from data_pipeline.catalog import DatasetManifest, describe
+from data_pipeline.ledger import digest
 from data_pipeline.records import DATASET_KIND, DATASET_VERSION
 from data_pipeline.scan import Buckets, Problems, in_order
 from data_pipeline.takedown import TOMBSTONES, load_tombstones
@@ -83,9 +86,11 @@ def audit_dataset(uri: str, workers: int = 4, progress: Progress | None = None) 
         ManifestMismatch, DataError: the manifest is not one of a data set; see `load_dataset`.
     """
     store = open_store(uri)
-    dataset = describe(store, manifests.load(store, DATASET_KIND, DATASET_VERSION))
+    manifest = manifests.load(store, DATASET_KIND, DATASET_VERSION)
+    dataset = describe(store, manifest)
     names = [name for name, _ in store.list()]
     problems = Problems()
+    _check_manifest(store, manifest, dataset, problems)
     steps = len(dataset.rows_files) + len(dataset.shards)
     rows_in = kept = retriable = done = 0
     reasons: Counter[str] = Counter()
@@ -153,6 +158,38 @@ def audit_dataset(uri: str, workers: int = 4, progress: Progress | None = None) 
         orphans=tuple(sorted(n for n in set(names).difference(known) if not n.startswith(TOMBSTONES))),
         problems=tuple(problems.lines()),
     )
+
+
+def _check_manifest(
+    store: ObjectStore, manifest: Manifest, dataset: DatasetManifest, problems: Problems
+) -> None:
+    """What can be known of the manifest from itself: it has no checksum, being what identifies the set."""
+    if store.get(MANIFEST) != manifest.to_bytes():
+        problems.add("manifest", f"{MANIFEST}: not in the form in which it was written, so it was edited")
+    _check_meta(manifest.meta, MANIFEST, problems)
+    inputs = manifest.meta.get("inputs")
+    chunks = inputs.get("chunks") if isinstance(inputs, dict) else None
+    if chunks != (found := len(dataset.rows_files)):
+        line = f"{MANIFEST}: inputs says {chunks} chunks, but there are files of rows of {found}"
+        problems.add("manifest", line)
+
+
+def _check_meta(meta: dict[str, Any], where: str, problems: Problems) -> None:
+    """The digests of the recipe and, of a merge, of the inputs; likewise of each set that was merged."""
+    if meta.get("recipe_digest") != digest(meta.get("recipe")):
+        line = f"{where}: the recipe is not the one of recipe_digest, so one of them was changed"
+        problems.add("manifest", line)
+    parts = meta.get("merged_from", [])
+    if parts and _joined_inputs(parts) != meta.get("inputs", {}).get("digest"):
+        problems.add("manifest", f"{where}: the digest of inputs is not that of the inputs of merged_from")
+    for number, part in enumerate(parts):
+        _check_meta(part, f"{where}: merged_from, entry {number + 1}", problems)
+
+
+def _joined_inputs(parts: Sequence[dict[str, Any]]) -> str:
+    """Digest of the inputs of a merge, from those of its parts."""
+    joined = "".join(str(part.get("inputs", {}).get("digest", "")) for part in parts)
+    return hashlib.sha256(joined.encode()).hexdigest()
 
 
 def report_twice(sources: Buckets, problems: Problems) -> None:

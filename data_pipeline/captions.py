@@ -7,6 +7,7 @@ None of this is from the paper, which takes its captions as prepared. Language i
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -17,17 +18,23 @@ from data_pipeline.keyed import uniform
 
 CaptionChoice = Literal["first", "draw", "join"]
 
+_UNSEEN = frozenset({"Cc", "Cf", "Mn"})  # control, format (zero-width and byte order marks too), combining
 _DRAW_STREAM = 0x63617074  # of the draws that share a seed; any fixed number would do
 
 
+def visible(text: str) -> bool:
+    """Whether anything of the text can be seen: more than white space and characters of no width."""
+    return any(not c.isspace() and unicodedata.category(c) not in _UNSEEN for c in text)
+
+
 def choose_caption(texts: Sequence[str | None], choice: CaptionChoice, sample_id: int, seed: int) -> str:
-    """The caption of a row that has several texts; "" where all are null or blank.
+    """The caption of a row that has several texts; "" where all are null or blank, see `visible`.
 
     first: the first that is not blank. draw: one of those that are not blank, each as likely, by a number
     that depends on (seed, sample id) alone, so the same in every run. join: all that are not blank, in order,
     with a space between.
     """
-    filled = [text for text in texts if text is not None and text.strip()]
+    filled = [text for text in texts if text is not None and visible(text)]
     if not filled:
         return ""
     if choice == "join":

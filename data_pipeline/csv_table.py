@@ -54,17 +54,22 @@ def scan_csv(
 ) -> tuple[list[str], list[CsvMark], CsvMark]:
     """Read a file once: the fields of its header, a mark at each `every`th row, and one after its last row.
 
+    A file without a row has no mark; one without a byte has no header either.
+
     Raises:
-        DataError: a quote is opened and never closed, the header cannot be read, or a .gz is broken; names
-            the file, the line and the byte.
+        DataError: a quote is opened and never closed, the header cannot be read, lines end with a carriage
+            return alone, or a .gz is broken; names the file, the line and the byte.
     """
     header: list[str] = []
     marks: list[CsvMark] = []
     row = 0
     end = CsvMark(0, 0, 1)
     with _opened(store, name) as file:
+        first, records = b"", 0
         for offset, line, data in _records(file, form, f"{store.uri}/{name}", 0, 1):
+            first, records = first or data, records + 1
             if has_header and not header:
+                _refuse_returns(data, form, f"{store.uri}/{name}")
                 fields = _fields(data, form)
                 if isinstance(fields, Malformed):
                     raise DataError(f"{store.uri}/{name}: line {line}: the header is {fields}; mend it")
@@ -74,6 +79,8 @@ def scan_csv(
                     marks.append(CsvMark(row, offset, line))
                 row += 1
             end = CsvMark(row, offset + len(data), line + data.count(b"\n"))
+        if records == 1:  # without a header a carriage return may be text, but not in a file of one line
+            _refuse_returns(first, form, f"{store.uri}/{name}")
     return header, marks, end
 
 
@@ -154,12 +161,24 @@ def _records(
             offset += len(data)
             line += data.count(b"\n")
         if position < len(buffer) and (not block or len(buffer) - position > _LONGEST_ROW):
+            _refuse_returns(buffer[position : position + _LONGEST_ROW], form, shown)
             raise DataError(
                 f"{shown}: line {line}, byte {offset}: a row begins here and does not end, so a quote is not "
                 "closed; mend it, or set source.table.quoted to false if quotes are text there"
             )
         if not block:
             return
+
+
+def _refuse_returns(data: bytes, form: CsvForm, shown: str) -> None:
+    """Raise DataError if `data` is one line by its newlines and several by its carriage returns."""
+    bare = re.sub(rb'"[^"]*+"', b"", data) if form.quoted else data
+    bare = bare.rstrip(b"\r\n")
+    if b"\r" in bare and b"\n" not in bare:
+        raise DataError(
+            f"{shown}: its lines end with a carriage return alone (CR, as on old Macs), and must end with a "
+            "newline (LF or CRLF); convert its line ends"
+        )
 
 
 def _pattern(form: CsvForm) -> re.Pattern[bytes]:

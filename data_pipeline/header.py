@@ -26,14 +26,20 @@ _PNG_COMPONENTS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _ORIENTATION = 0x0112
 
 
-class HeaderError(ValueError):
-    """The bytes are not an image that this package takes.
+REASONS = {
+    "not_an_image": "begins like no image",
+    "unsupported_format": "is an image of a format that is not taken: BMP, TIFF, ICO, JPEG 2000, HEIF, AVIF",
+    "truncated_header": "ends within its header",
+    "broken_header": "has a header that contradicts its format, or a side of 0",
+}
+"""Why bytes are not an image that this package takes."""
 
-    `reason` is one of not_an_image (unknown first bytes), unsupported_format (an image, but of a format that
-    is not taken), truncated_header (the file ends too early), broken_header (it contradicts its format).
-    """
+
+class HeaderError(ValueError):
+    """The bytes are not an image that this package takes; `reason` is one of REASONS."""
 
     def __init__(self, reason: str, detail: str) -> None:
+        assert reason in REASONS
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail

@@ -1,6 +1,7 @@
 """What is done of a preprocess job: one small JSON record per finished task, written once.
 
     ledger/recipe.json                       the recipe that this folder belongs to, claimed before any work
+    ledger/driver-000001.json                a driver took the output over, see drivers.py
     ledger/<recipe>/stage-000000-r0.json     round 0 of a chunk is staged; r1, r2 ... tried its retriable rows
     ledger/<recipe>/select.json              the fate of every row is decided; no more rounds
     ledger/<recipe>/shard-000000.json        an output shard is written: its files and their checksums
@@ -118,11 +119,17 @@ def shard_key(recipe: str, index: int) -> str:
 def enter(store: ObjectStore, key: str, record: StageRecord) -> StageRecord:
     """Put the record of a finished round, and return the one that counts: a faster twin's, if there was one.
 
-    Both are right; but where rows were downloaded they need not be equal.
+    Both are right; but where rows were downloaded they need not be equal. One of other input is of a driver
+    that was replaced, and gives way.
     """
-    if store.put_if_absent(key, canonical(asdict(record))):
+    data = canonical(asdict(record))
+    if store.put_if_absent(key, data):
         return record
-    return StageRecord(**json.loads(store.get(key)))
+    found = StageRecord(**json.loads(store.get(key)))
+    if found.inputs == record.inputs:
+        return found
+    store.put(key, data)
+    return record
 
 
 def enter_shard(store: ObjectStore, key: str, record: ShardRecord) -> None:
@@ -199,9 +206,15 @@ def _decision(rounds: Sequence[Sequence[StageRecord]]) -> dict[str, Any]:
     return {"staged": digest([[asdict(record) for record in done] for done in rounds])}
 
 
-def clean_up(store: ObjectStore) -> None:
-    """Delete what only the job needed; of a committed data set, nobody misses it if that fails."""
+def clean_up(store: ObjectStore, files: Iterable[str]) -> None:
+    """Delete what only the job needed, and outputs that are not of `files`, which the manifest names.
+
+    Of a committed data set nobody misses these, so it may fail.
+    """
+    kept = frozenset(files)
     with suppress(StorageUnavailable):
+        for prefix in OUTPUTS:  # of an attempt before the input changed
+            delete_under(store, prefix, keep=kept)
         for prefix in (STAGING, LEDGER):
             delete_under(store, prefix)
         if isinstance(store, LocalStore):

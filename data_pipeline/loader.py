@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from cluster.errors import MaskClipError
+from cluster.errors import DataError, MaskClipError
 from cluster.store import open_store
 from data_pipeline.augment import AugmentConfig, eval_view
 from data_pipeline.batch_maker import Batch, BatchMaker, BatchSpec, collate, undecodable
@@ -82,7 +82,7 @@ class Loader:
 
     Raises ValueError for a global batch that is no multiple of the streams or of the weights or a rank
     outside the world, ConfigError for a remote data set without a cache, and what `load_dataset` and
-    `load_tombstones` raise.
+    `load_tombstones` raise. DataError: of all samples not one is left.
     """
 
     def __init__(
@@ -100,6 +100,12 @@ class Loader:
         parts = (MixPart(uri=data, weight=1),) if isinstance(data, str) else tuple(data)
         datasets = [load_dataset(part.uri) for part in parts]
         self.num_samples = sum(dataset.num_samples for dataset in datasets)
+        removed = sum(len(load_tombstones(open_store(part.uri))) for part in parts)
+        if removed >= self.num_samples:
+            raise DataError(
+                f"{', '.join(part.uri for part in parts)}: every sample was removed "
+                "(maskclip dataset remove), so nothing is left to train on; choose another data set"
+            )
         self.manifest_digest = mix_digest(
             [dataset.digest for dataset in datasets], [part.weight for part in parts]
         )

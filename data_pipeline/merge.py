@@ -70,8 +70,12 @@ def merge_datasets(
     recipe = {**claim, "format": origins[0].dataset.format}
     if target.exists(MANIFEST):
         return _already_committed(target, origins, recipe)
-    _claim(target, claim)
+    _require_free(target)
     prefixes = require_disjoint(origins)
+    _claim(target, claim)  # after all checks: a merge that is refused leaves nothing
+    if target.exists(MANIFEST):  # a twin has committed meanwhile; its files must not be touched
+        target.delete(CLAIM)
+        return _already_committed(target, origins, recipe)
     entries, copied = copy_shards(target, origins, workers, progress)
     entries += write_rows(target, origins, prefixes, workers)
     tombstones = sum(carry_tombstones(origin.store, target) for origin in origins)
@@ -110,13 +114,16 @@ def _plan(stores: Sequence[ObjectStore]) -> list[Origin]:
     return origins
 
 
-def _claim(target: ObjectStore, claim: dict[str, Any]) -> None:
-    data = canonical(claim)
+def _require_free(target: ObjectStore) -> None:
     others = [name for name, _ in target.list() if name != CLAIM]
     if others and not target.exists(CLAIM):
         raise ManifestMismatch(
             f"{target.uri}: holds files of something else, such as {others[0]}; choose another output"
         )
+
+
+def _claim(target: ObjectStore, claim: dict[str, Any]) -> None:
+    data = canonical(claim)
     if not target.put_if_absent(CLAIM, data) and target.get(CLAIM) != data:
         raise ManifestMismatch(
             f"{target.uri}: holds an unfinished merge of other sets; choose another output"

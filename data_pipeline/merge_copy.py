@@ -3,7 +3,6 @@ and the files of rows with their new numbers."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from data_pipeline.audit_files import number_of
 from data_pipeline.catalog import DatasetManifest
 from data_pipeline.records import ROWS_SCHEMA, ShardInfo, shard_names
 from data_pipeline.scan import Buckets, in_order, local_file, pc, read_rows, text_hashes
+from data_pipeline.scratch import scratch_folder
 
 Progress = Callable[[int, int, str], None]
 
@@ -43,10 +43,10 @@ class Origin:
 def require_disjoint(origins: Sequence[Origin]) -> list[str]:
     """No id in two sets; returns what goes before the sources of dropped rows, per set ("" for nothing)."""
     clashing = np.zeros(len(origins), bool)
-    with tempfile.TemporaryDirectory(prefix="maskclip-") as folder:
-        ids = Buckets(Path(folder, "ids"), _ID, sum(o.dataset.num_samples for o in origins))
+    with scratch_folder() as folder:
+        ids = Buckets(folder / "ids", _ID, sum(o.dataset.num_samples for o in origins))
         rows_in = sum(o.dataset.counts.get("rows_in", 0) for o in origins)
-        sources = Buckets(Path(folder, "sources"), _SOURCE, rows_in)
+        sources = Buckets(folder / "sources", _SOURCE, rows_in)
         for number, origin in enumerate(origins):
             for name in origin.dataset.rows_files:
                 with local_file(origin.store, name) as path:
@@ -134,14 +134,14 @@ def write_rows(
         origin, prefix, old = item
         new = f"rows/rows-{origin.chunks[old]:06d}.parquet"
         with (
-            tempfile.TemporaryDirectory(prefix="maskclip-") as folder,
+            scratch_folder() as folder,
             local_file(origin.store, old) as source,
         ):
             if sha256_file(source) != origin.dataset.files[old].sha256:
                 raise ShardCorrupt(
                     f"{origin.store.uri}/{old}: is not what its manifest says; restore it and merge again"
                 )
-            path = Path(folder) / "rows"
+            path = folder / "rows"
             _renumber(source, path, origin, origin.chunks[old], prefix)
             entry = file_entry(path, new)
             if there.get(new) != entry.size:

@@ -8,7 +8,8 @@
 
 What is committed depends on the input and the recipe alone, whatever the number of workers, their order or
 their deaths. The driver moves no image. Every finished task leaves a record in the ledger, and a rerun does
-only what the ledger lacks.
+only what the ledger lacks. Of several drivers of one output the newest works and the others end; what is
+committed never changes.
 """
 
 from __future__ import annotations
@@ -18,10 +19,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from cluster import manifest as manifests
-from cluster.errors import ConfigError, DataError, ManifestMismatch, StorageUnavailable
+from cluster.errors import (
+    ConfigError,
+    DataError,
+    ManifestMismatch,
+    ObjectNotFound,
+    StorageUnavailable,
+    Superseded,
+)
 from cluster.manifest import MANIFEST, Manifest
 from cluster.ray_tasks import ray_session, run_bounded
 from cluster.store import ObjectStore, open_store
@@ -29,6 +38,7 @@ from data_pipeline import ledger
 from data_pipeline.catalog import describe
 from data_pipeline.dedup import DuplicateConfig
 from data_pipeline.download import DownloadConfig
+from data_pipeline.drivers import Driver, commit_manifest, require_newest, take_over
 from data_pipeline.filters import FilterConfig, RowFilter, check_columns
 from data_pipeline.ledger import ShardRecord, StageRecord
 from data_pipeline.lists import lists_digest
@@ -106,6 +116,8 @@ class PreprocessSummary:
     manifest_digest: str
     already_committed: bool
     """The data set was there, made from this input by this recipe, and nothing was done."""
+    retriable: int = 0
+    """Rows among `rejects` that were lost for what may pass; not known of a set that was there."""
 
 
 def run_preprocess(config: PreprocessConfig, progress: Report | None = None) -> PreprocessSummary:
@@ -118,7 +130,10 @@ def run_preprocess(config: PreprocessConfig, progress: Report | None = None) -> 
         DataError: there is no input, or no row is kept. Nothing is committed.
         ShardCorrupt: a tar of the input is broken. Nothing is committed; what is done stays done.
         StorageUnavailable: too many rows are missing for what may pass; the same call tries only these again.
+            Or a disk for temporary files is full.
         ManifestMismatch: the output holds, or was begun as, another data set.
+        Superseded: another driver took the output over.
+        Hang: Ray itself failed; the same call continues.
     """
     start = time.monotonic()
     store = open_store(config.output)
@@ -128,17 +143,26 @@ def run_preprocess(config: PreprocessConfig, progress: Report | None = None) -> 
     chunks = plan_chunks(config.source)
     recipe = recipe_of(config)
     inputs = {"chunks": len(chunks), "bytes": sum(c.size for c in chunks), "digest": plan_digest(chunks)}
+    wanted = {"recipe": recipe, "inputs": inputs}
     if store.exists(MANIFEST):
-        return _already_committed(store, {"recipe": recipe, "inputs": inputs}, start)
-    ledger.claim(store, recipe)
-    job = _Job(config, store, ledger.digest(recipe), Progress(progress))
-    with ray_session(config.workers):
-        rounds = job.stage(chunks)
-        selection = job.select(rounds)
-        shards = job.write(selection)
-    meta = {"recipe": recipe, "recipe_digest": job.recipe, "inputs": inputs, "format": config.shards.format}
-    manifest = job.commit(selection, shards, meta)
-    return _summary(store, manifest, start, job.skipped, already_committed=False)
+        return _already_committed(store, wanted, start)
+    try:
+        with ray_session(config.workers):  # before the claim: without a cluster nothing is touched
+            ledger.claim(store, recipe)
+            driver = take_over(store, inputs["digest"])
+            job = _Job(config, store, ledger.digest(recipe), driver, Progress(progress))
+            rounds = job.stage(chunks)
+            selection = job.select(rounds)
+            shards = job.write(selection)
+        meta = {**wanted, "recipe_digest": job.recipe, "format": config.shards.format}
+        manifest = job.commit(selection, shards, meta)
+    except (ManifestMismatch, ObjectNotFound, Superseded):
+        # Another driver has put the manifest since we looked, and deleted what we were to read.
+        if store.exists(MANIFEST):
+            return _already_committed(store, wanted, start)
+        raise
+    lost = _missing(rounds).total()
+    return _summary(store, manifest, start, job.skipped, already_committed=False, retriable=lost)
 
 
 def recipe_of(config: PreprocessConfig) -> dict[str, Any]:
@@ -158,9 +182,13 @@ def recipe_of(config: PreprocessConfig) -> dict[str, Any]:
 class _Job:
     """The stages of one run."""
 
-    def __init__(self, config: PreprocessConfig, store: ObjectStore, recipe: str, progress: Progress) -> None:
-        self.config, self.store, self.recipe, self.progress = config, store, recipe, progress
+    def __init__(
+        self, config: PreprocessConfig, store: ObjectStore, recipe: str, driver: Driver, progress: Progress
+    ) -> None:
+        self.config, self.store, self.recipe, self.driver = config, store, recipe, driver
+        self.progress = progress
         self.skipped = 0
+        self._plan = f"{ledger.STAGING}plan"
 
     def stage(self, chunks: Sequence[Chunk]) -> list[list[StageRecord]]:
         """The rounds of every chunk. Raises as `stage_chunk`, and StorageUnavailable as `run_preprocess`."""
@@ -172,6 +200,7 @@ class _Job:
             filters=config.filters,
             download=config.download,
             transform=config.transform,
+            driver=self.driver,
         )
         rounds = ledger.staged_rounds(self.store, self.recipe, chunks)
         self.skipped += sum(bool(done) for done in rounds)
@@ -193,8 +222,18 @@ class _Job:
     def select(self, rounds: list[list[StageRecord]]) -> Selection:
         """The fate of every row. Raises as `select_rows`, and DataError when the books do not balance."""
         self.progress.begin("select", 1)
+        self._require_newest()
         staged = [[record.rows for record in done] for done in rounds]
-        chosen = select_rows(self.store.uri, staged, self.config.duplicates, self.config.shards)
+        # A plan belongs to these staged rows: a driver that was replaced cannot write into that of another.
+        self._plan = f"{ledger.STAGING}plan-{ledger.digest(staged)[:16]}"
+        chosen = select_rows(
+            self.store.uri,
+            staged,
+            self.config.duplicates,
+            self.config.shards,
+            self._plan,
+            guard=partial(require_newest, self.store, self.driver),
+        )
         rows_in, dropped = sum(done[0].rows_in for done in rounds), sum(chosen.dropped.values())
         if not rows_in == chosen.rows_in == chosen.samples + dropped:
             raise DataError(
@@ -204,18 +243,27 @@ class _Job:
         if chosen.samples == 0:
             reasons = ", ".join(f"{reason} {n}" for reason, n in chosen.dropped.items()) or "it has no rows"
             raise DataError(f"{self.store.uri}: the data set would be empty, no row is usable ({reasons})")
+        self._require_newest()
         ledger.decide(self.store, self.recipe, rounds)
         self.progress.selected(chosen.rows_in, chosen.samples)
         return chosen
 
     def write(self, chosen: Selection) -> list[ShardRecord]:
         """The written shards, in order. Raises as `write_output_shard`."""
+        self._require_newest()
         plan = ledger.digest(asdict(chosen))
         done = ledger.written_shards(self.store, self.recipe, plan)
         wanted = [index for index, size in enumerate(chosen.shard_sizes) if size]
         todo = [
             WriteTask(
-                index, self.store.uri, self.recipe, plan, chosen.shards_per_part, self.config.shards.format
+                index,
+                self.store.uri,
+                self.recipe,
+                plan,
+                chosen.shards_per_part,
+                self.config.shards.format,
+                self._plan,
+                self.driver,
             )
             for index in wanted
             if index not in done
@@ -234,20 +282,28 @@ class _Job:
         return [done[index] for index in wanted]
 
     def commit(self, chosen: Selection, shards: Sequence[ShardRecord], meta: dict[str, Any]) -> Manifest:
-        """Put the manifest, then delete what was only needed to get there."""
+        """Put the manifest, then delete what was only needed to get there. Raises as `commit_manifest`."""
         self.progress.begin("commit", 1)
         infos = [ShardInfo(r.files[0].name, r.files[-1].name, r.num_samples, r.files[0].size) for r in shards]
         counts = {"rows_in": chosen.rows_in, "kept": chosen.samples, "dropped": sum(chosen.dropped.values())}
         counts |= {f"dropped/{reason}": n for reason, n in chosen.dropped.items()}
         files = (*(entry for record in shards for entry in record.files), *chosen.rows)
         meta = {**meta, "counts": counts, "shards": [asdict(info) for info in infos]}
-        for prefix in ledger.OUTPUTS:  # of an attempt before the input changed
-            ledger.delete_under(self.store, prefix, keep=[entry.name for entry in files])
+        sizes = {key: size for prefix in ledger.OUTPUTS for key, size in self.store.list(prefix)}
+        for entry in files:
+            if sizes.get(entry.name) != entry.size:
+                raise StorageUnavailable(
+                    f"{self.store.uri}/{entry.name}: {sizes.get(entry.name)} bytes, but {entry.size} were "
+                    "written: it was changed while the job ran; run the same command again"
+                )
         manifest = Manifest(DATASET_KIND, DATASET_VERSION, files, meta)
-        manifests.commit(self.store, manifest)
-        ledger.clean_up(self.store)
+        commit_manifest(self.store, self.driver, manifest)
+        ledger.clean_up(self.store, (entry.name for entry in files))
         self.progress.committed()
         return manifest
+
+    def _require_newest(self) -> None:
+        require_newest(self.store, self.driver)
 
     def _stage(
         self, name: str, rounds: list[list[StageRecord]], todo: Sequence[StageTask], total: int
@@ -271,11 +327,16 @@ def _refuse_overlap(output: str, source: str) -> None:
         raise ConfigError(f"{source}: lies inside the output {output}; choose another output")
 
 
+def _missing(rounds: Sequence[Sequence[StageRecord]]) -> Counter[str]:
+    """Rows that are missing for what may pass, by reason."""
+    return sum((Counter(done[-1].retriable) for done in rounds), Counter[str]())
+
+
 def _refuse_many_retriable(
     store: ObjectStore, rounds: Sequence[Sequence[StageRecord]], accepted: float
 ) -> None:
     rows = sum(done[0].rows_in for done in rounds)
-    missing = sum((Counter(done[-1].retriable) for done in rounds), Counter[str]())
+    missing = _missing(rounds)
     if missing.total() > accepted * rows:
         reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(missing.items()))
         raise StorageUnavailable(
@@ -292,13 +353,19 @@ def _already_committed(store: ObjectStore, wanted: dict[str, Any], start: float)
             raise ManifestMismatch(
                 f"{store.uri}: has a data set made {how}, which is never overwritten; choose another output"
             )
-    ledger.clean_up(store)
+    ledger.clean_up(store, (entry.name for entry in manifest.files))
     skipped = wanted["inputs"]["chunks"] + len(manifest.meta["shards"])
     return _summary(store, manifest, start, skipped, already_committed=True)
 
 
 def _summary(
-    store: ObjectStore, manifest: Manifest, start: float, skipped: int, already_committed: bool
+    store: ObjectStore,
+    manifest: Manifest,
+    start: float,
+    skipped: int,
+    *,
+    already_committed: bool,
+    retriable: int = 0,
 ) -> PreprocessSummary:
     dataset = describe(store, manifest)
     return PreprocessSummary(
@@ -309,4 +376,5 @@ def _summary(
         seconds=time.monotonic() - start,
         manifest_digest=dataset.digest,
         already_committed=already_committed,
+        retriable=retriable,
     )

@@ -18,7 +18,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -119,11 +119,13 @@ def select_rows(
     folder: str = "staging/plan",
     *,
     partitions: int | None = None,
+    guard: Callable[[], None] | None = None,
 ) -> Selection:
     """Decide the fate of every staged row and write the plan and the final rows.
 
     `staged[i]` are the objects with the rows of chunk i (STAGED_SCHEMA), in the order of the rounds: of a row
     that is in several, the last counts. `partitions` sets the number of tables of each exchange (tests).
+    `guard` is called in a worker before each final file of rows is put, and may raise.
     Needs a ray_session. The memory of the caller grows with the numbers of chunks and shards, not of rows.
 
     Raises:
@@ -145,7 +147,7 @@ def select_rows(
     by_chunk = shards.shuffle == "none"
     num_shards = int((kept > 0).sum()) if by_chunk else math.ceil(samples / shards.samples_per_shard)
     layout = Layout(store_uri, folder, num_shards, shards.shards_per_part, shards.seed)
-    fates = Fates(rows, frozenset(lost), folder)
+    fates = Fates(rows, frozenset(lost), folder, guard)
     write = write_by_chunk if by_chunk else write_by_hash
     written = write(fates, layout, kept, partitions)
     _write_rest(fates, layout, written)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +18,7 @@ from data_pipeline.dedup import DROPPED_SCHEMA, dropped_name
 from data_pipeline.exchange import Step, exchange
 from data_pipeline.keyed import mix
 from data_pipeline.records import ROWS_SCHEMA, STAGED_SCHEMA
+from data_pipeline.scratch import scratch_folder
 from data_pipeline.staged_rows import StagedRows, runs
 
 _PLACE = [pa.field("shard", pa.int32(), nullable=False), pa.field("index", pa.int32(), nullable=False)]
@@ -63,6 +62,8 @@ class Fates:
     lossy: frozenset[int]
     """Chunks that lose rows as duplicates."""
     folder: str
+    guard: Callable[[], None] | None = None
+    """Called before each file of the data set is put; raises where it must not be."""
 
     def dropped(self, chunk: int) -> pa.Table:
         """The duplicates of a chunk (DROPPED_SCHEMA, by row)."""
@@ -172,7 +173,7 @@ def write_rows(fates: Fates, chunk: int, places: pa.Table) -> FileEntry:
         columns[name] = places[name].take(place)
     final = pa.table([columns[name] for name in ROWS_SCHEMA.names], schema=ROWS_SCHEMA)
     groups = [final.slice(i, _ROW_GROUP) for i in range(0, max(final.num_rows, 1), _ROW_GROUP)]
-    return _write(fates.staged.uri, rows_name(chunk), ROWS_SCHEMA, groups)
+    return _write(fates.staged.uri, rows_name(chunk), ROWS_SCHEMA, groups, fates.guard)
 
 
 def _find(rows: pa.ChunkedArray, in_rows: pa.ChunkedArray) -> pa.Array:
@@ -257,14 +258,22 @@ def _mixed(table: pa.Table) -> pa.Table:
     return pa.table(columns, schema=_MIXED_SCHEMA)
 
 
-def _write(uri: str, name: str, schema: pa.Schema, groups: Iterable[pa.Table]) -> FileEntry:
+def _write(
+    uri: str,
+    name: str,
+    schema: pa.Schema,
+    groups: Iterable[pa.Table],
+    guard: Callable[[], None] | None = None,
+) -> FileEntry:
     """Write a parquet object with a row group per table; equal tables give equal bytes."""
-    with tempfile.TemporaryDirectory(prefix="maskclip-") as folder:
-        path = Path(folder) / "table.parquet"
+    with scratch_folder() as folder:
+        path = folder / "table.parquet"
         with pq.ParquetWriter(path, schema, compression="zstd", version="2.6") as writer:
             for table in groups:
                 # One piece per column: page boundaries follow the pieces.
                 writer.write_table(table.combine_chunks(), row_group_size=max(table.num_rows, 1))
         entry = file_entry(path, name)
+        if guard is not None:
+            guard()
         open_store(uri).put_file(name, path)
     return entry

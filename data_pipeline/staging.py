@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
@@ -24,10 +23,12 @@ import pyarrow.parquet as pq
 from cluster.store import ObjectStore, open_store
 from data_pipeline import ledger
 from data_pipeline.download import DownloadConfig, fetch_rows
+from data_pipeline.drivers import Driver, require_newest
 from data_pipeline.filters import FilterConfig, RowFilter, check_header
 from data_pipeline.header import HeaderError, read_header
 from data_pipeline.ledger import StageRecord
 from data_pipeline.records import STAGED_SCHEMA, Prepared, Reject, SourceRow, sample_id
+from data_pipeline.scratch import scratch_folder
 from data_pipeline.shard_writer import json_text
 from data_pipeline.sources import Chunk, SourceConfig, plan_digest, read_chunk
 from data_pipeline.transforms import TransformConfig, clean_caption, prepare
@@ -47,6 +48,8 @@ class StageSettings:
     filters: FilterConfig
     download: DownloadConfig
     transform: TransformConfig
+    driver: Driver | None = None
+    """Whose tasks these are; they end where that one was replaced."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +73,19 @@ class StageTask:
 def stage_chunk(task: StageTask) -> StageRecord:
     """Stage the rows of one chunk and enter the round into the ledger; runs in a worker.
 
-    Raises as `read_chunk`, and StorageUnavailable.
+    Raises as `read_chunk`; StorageUnavailable, also when the disk for temporary files is full; Superseded.
     """
     settings = task.settings
     store = open_store(settings.output)
+    require_newest(store, settings.driver)
     only = None if task.previous is None else retriable_rows(store, task.previous)
     # Of tasks that race (one of them of a driver that was killed), each has objects of its own: downloads
     # need not end alike, and images of one must never be read with the offsets of the other.
     attempt = secrets.token_hex(4)
     suffix = f"{task.chunk.index:06d}{f'-r{task.round}' if task.round else ''}-{attempt}"
     images, rows = f"{ledger.STAGING}chunk-{suffix}.bin", f"{ledger.STAGING}rows-{suffix}.parquet"
-    with tempfile.TemporaryDirectory(prefix="maskclip-") as name:
-        writer = _StagedWriter(Path(name), images)
+    with scratch_folder() as folder:
+        writer = _StagedWriter(folder, images)
         # The generators own temporary files and connections, which end with this block and not with garbage.
         with closing(writer), closing(_prepared(_rows(task, only), settings)) as results:
             for result in results:
@@ -102,13 +106,14 @@ def stage_chunk(task: StageTask) -> StageRecord:
             images=images if writer.images_size else None,
             images_size=writer.images_size,
         )
+    require_newest(store, settings.driver)
     return ledger.enter(store, ledger.stage_key(settings.recipe, record.chunk, record.round), record)
 
 
 def retriable_rows(store: ObjectStore, record: StageRecord) -> frozenset[int]:
     """Numbers of the rows that this round dropped for what may pass."""
-    with tempfile.TemporaryDirectory(prefix="maskclip-") as name:
-        path = Path(name) / "rows"
+    with scratch_folder() as folder:
+        path = folder / "rows"
         store.get_file(record.rows, path)
         table = pq.read_table(path, columns=["row", "retriable"])
         return frozenset(table.filter(table["retriable"])["row"].to_pylist())

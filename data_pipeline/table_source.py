@@ -10,6 +10,7 @@ import datetime
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 from urllib.parse import unquote_plus
 
@@ -100,6 +101,7 @@ def is_table(name: str) -> bool:
 
 def plan_table(store: ObjectStore, name: str, config: TableConfig, rows_per_chunk: int) -> list[TablePart]:
     """Cut a table in runs of `rows_per_chunk` rows. Parquet: by its footer; csv and tsv: by reading it once.
+    A table without rows is cut in none, and an empty csv is one.
 
     Raises:
         ConfigError: a column of the mapping is not there, or is no text.
@@ -113,11 +115,13 @@ def plan_table(store: ObjectStore, name: str, config: TableConfig, rows_per_chun
         starts = range(0, rows, rows_per_chunk)
         return [TablePart(s, min(rows_per_chunk, rows - s), size, tuple(schema.names)) for s in starts]
     header, marks, last = scan_csv(store, name, _form(name, config), config.columns is None, rows_per_chunk)
+    if not header and not marks:
+        return []
     columns = tuple(header) if config.columns is None else config.columns
     _check_columns(f"{store.uri}/{name}", columns, config)
     return [
         TablePart(mark.row, after.row - mark.row, size, columns, mark.offset, after.offset, mark.line)
-        for mark, after in zip(marks, [*marks[1:], last], strict=True)
+        for mark, after in pairwise([*marks, last])
     ]
 
 

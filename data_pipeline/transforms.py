@@ -14,11 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import simplejpeg
 
+from data_pipeline.captions import visible
 from data_pipeline.decode import MAX_PIXELS, UndecodableImage, decode_rgb, resize_rgb
 from data_pipeline.fingerprints import perceptual_hash, pixel_hash
 from data_pipeline.header import ImageHeader
 from data_pipeline.records import Prepared, Reject, SourceRow
 
+_BYTE_ORDER_MARK = "\ufeff"
 _JPEG_LONGEST_SIDE = 65_500  # libjpeg's limit
 # What makes an image upright, by its EXIF orientation; transposing swaps height and width.
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -104,9 +106,14 @@ def shrink(image: bytes, header: ImageHeader, target: tuple[int, int]) -> np.nda
 
 
 def clean_caption(text: str) -> str:
-    """One line: runs of white space become one space, control characters go, everything else stays."""
+    """One line: runs of white space become one space, control characters and byte order marks go, everything
+    else stays. "" where nothing that can be seen is left."""
+    if not visible(text):
+        return ""
     printable = "".join(
-        " " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) != "Cc"
+        " " if c.isspace() else c
+        for c in text
+        if c.isspace() or (unicodedata.category(c) != "Cc" and c != _BYTE_ORDER_MARK)
     )
     return " ".join(printable.split())
 

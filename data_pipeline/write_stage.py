@@ -7,21 +7,21 @@ windows of bounded size, so that memory does not grow with the shard, and ranges
 from __future__ import annotations
 
 import json
-import tempfile
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cluster.errors import ShardCorrupt
 from cluster.manifest import file_entry
 from cluster.store import ObjectStore, open_store
 from data_pipeline import ledger
+from data_pipeline.drivers import Driver, require_newest
 from data_pipeline.ledger import ShardRecord
 from data_pipeline.records import Sample, ShardFormat, shard_names
+from data_pipeline.scratch import scratch_folder
 from data_pipeline.selection import read_plan
 from data_pipeline.shard_writer import write_shard
 
@@ -46,6 +46,10 @@ class WriteTask:
     shards_per_part: int
     """Shards whose plan lies in one object, as the decision has it."""
     format: ShardFormat
+    folder: str
+    """Where the plan lies."""
+    driver: Driver | None = None
+    """Whose task it is; it ends where that one was replaced."""
 
     def __str__(self) -> str:
         return shard_names(self.index, self.format)[0]
@@ -56,23 +60,26 @@ def write_output_shard(task: WriteTask) -> ShardRecord:
 
     Raises:
         ShardCorrupt: a staged image is not what was staged.
-        StorageUnavailable: the store does not answer.
+        StorageUnavailable: the store does not answer, or the disk for temporary files is full.
+        Superseded: another driver took over, or the data set is committed. No file of it is touched.
     """
     store = open_store(task.output)
+    require_newest(store, task.driver)
     name, index_name = shard_names(task.index, task.format)
-    with tempfile.TemporaryDirectory(prefix="maskclip-") as folder:
-        path, index_path = Path(folder) / name, Path(folder) / index_name
+    with scratch_folder() as folder:
+        path, index_path = folder / name, folder / index_name
         info = write_shard(read_samples(store, _planned(store, task)), path, index_path, task.format)
         files = tuple(file_entry(file, file.name) for file in dict.fromkeys((path, index_path)))
         for file in files:
-            store.put_file(file.name, Path(folder) / file.name)
+            require_newest(store, task.driver)  # a committed file never changes
+            store.put_file(file.name, folder / file.name)
     record = ShardRecord(task.index, task.plan, info.num_samples, files)
     ledger.enter_shard(store, ledger.shard_key(task.recipe, task.index), record)
     return record
 
 
 def _planned(store: ObjectStore, task: WriteTask) -> Iterator[Row]:
-    table = read_plan(store, task.index, task.shards_per_part)
+    table = read_plan(store, task.index, task.shards_per_part, task.folder)
     for batch in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
         yield from batch.to_pylist()
 
@@ -82,10 +89,14 @@ def read_samples(store: ObjectStore, rows: Iterable[Row]) -> Iterator[Sample]:
     with ThreadPoolExecutor(_THREADS) as pool:
         for window in _windows(rows):
             ranges = list(coalesce(window))
-            # A lone range needs no thread; many small ones on a remote store are a matter of waiting.
-            fetched = pool.map(lambda r: store.get_range(*r), ranges) if len(ranges) > 1 else None
-            blocks = list(fetched) if fetched else [store.get_range(*r) for r in ranges]
-            yield from _samples(store, window, ranges, blocks)
+            # Nothing here keeps the blocks of a window while those of the next are read.
+            yield from _samples(store, window, ranges, _fetch(store, ranges, pool))
+
+
+def _fetch(store: ObjectStore, ranges: list[tuple[str, int, int]], pool: ThreadPoolExecutor) -> list[bytes]:
+    if len(ranges) == 1:  # needs no thread; many small ones on a remote store are a matter of waiting
+        return [store.get_range(*ranges[0])]
+    return list(pool.map(lambda r: store.get_range(*r), ranges))
 
 
 def coalesce(rows: Iterable[Row]) -> Iterator[tuple[str, int, int]]:

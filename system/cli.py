@@ -191,9 +191,12 @@ def _version() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    as_json = "--json" in (sys.argv if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in words
+    if as_json:  # argparse takes no settings after an option, so it goes last
+        words = [*(word for word in words if word != "--json"), "--json"]
     try:
-        args = build_parser().parse_args(argv)
+        args = build_parser().parse_args(words)
         if getattr(args, "no_settings", False) and args.knobs:
             raise ConfigError(f"{args.knobs[0]}: unknown key, this command has no settings; remove it")
         result = args.handler(args)

@@ -97,6 +97,8 @@ def preprocess(args: Args) -> Result:
             run_preprocess(config, lambda state: bar(state["done"], state["total"], preprocess_note(state)))
         )
     rows = [(key, value) for key, value in summary.items()]
+    if summary["retriable"]:
+        rows.append(("note", f"{summary['retriable']:,} rows were lost for what may pass"))
     return Result(
         {"output": config.output, **summary},
         Rows(f"data set {config.output}", ("what", "value"), rows).table(),

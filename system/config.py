@@ -8,10 +8,11 @@ be together is in `__post_init__`. Either error is one line with the dotted key,
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from cluster.errors import ConfigError
 from cluster.store import StoreConfig, normal_uri, overlap
@@ -48,7 +49,11 @@ def _address(uri: str) -> str:
 
 
 Uri = Annotated[str, AfterValidator(_address)]
-UriOrEmpty = Annotated[str, AfterValidator(lambda uri: uri and _address(uri))]
+UriOrEmpty = Annotated[
+    str,
+    BeforeValidator(lambda uri: "" if uri is None else uri),  # key= on the command line is a null
+    AfterValidator(lambda uri: uri and _address(uri)),
+]
 AtLeastOne = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -73,7 +78,7 @@ class RunConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     uri: UriOrEmpty = ""
-    """Committed data set, as written by `maskclip preprocess`; or give `mix`."""
+    """Committed data set, as written by `maskclip preprocess`; empty or null where `mix` is given."""
     mix: tuple[MixPart, ...] = ()
     """Several data sets, each with a whole-number weight; every batch holds exactly their shares, so
     global_batch is a multiple of the sum of the weights (in lowest terms)."""
@@ -93,7 +98,12 @@ class DataConfig:
         return self.mix or (MixPart(uri=self.uri, weight=1),)
 
     def __post_init__(self) -> None:
-        if bool(self.uri) == bool(self.mix):
+        if self.uri and self.mix:
+            raise ValueError(
+                "data.uri and data.mix are both set, and only one of them can be; clear one: give data.uri= "
+                "or data.mix=[]"
+            )
+        if not self.uri and not self.mix:
             raise ValueError("needs either one data set or a mix of several; set data.uri or data.mix")
         for number, part in enumerate(self.mix):
             try:
@@ -108,6 +118,12 @@ class DataConfig:
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of streams {self.streams}; "
                 "change data.global_batch or data.streams"
+            )
+        weights = [part.weight for part in self.mix]
+        if self.mix and self.global_batch % (whole := sum(weights) // math.gcd(*weights)):
+            raise ValueError(
+                f"global_batch {self.global_batch} cannot be shared by the weights {weights} of data.mix; "
+                f"make data.global_batch a multiple of {whole}, or change the weights"
             )
 
 

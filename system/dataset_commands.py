@@ -67,9 +67,11 @@ class RemoveConfig:
 
 
 def dataset_verify(args: Args) -> Result:
+    from cluster.store import open_store
     from data_pipeline.catalog import verify_dataset
+    from data_pipeline.takedown import tombstone_problems
 
-    problems = {args.dataset: verify_dataset(args.dataset)}
+    problems = {args.dataset: verify_dataset(args.dataset) + tombstone_problems(open_store(args.dataset))}
     return verdict(problems, args.dataset, "data set", DataError.exit_code)
 
 
@@ -100,13 +102,14 @@ def dataset_audit(args: Args) -> Result:
 
 
 def dataset_stats(args: Args) -> Result:
+    from data_pipeline.stats import ASPECT_UNIT, write_stats
     from data_pipeline.stats import dataset_stats as stats_of
-    from data_pipeline.stats import write_stats
 
     config = text_knobs(args.knobs, StatsConfig, "dataset stats")
     with progress_bar("stats") as bar:
         stats, histograms = stats_of(args.dataset, bar)
-    rows = [(key, _stat(value)) for key, value in stats.items()]
+    ratios = {key: value / ASPECT_UNIT for key, value in stats["aspect"].items()}
+    rows = [(key, _stat(value)) for key, value in {**stats, "aspect": ratios}.items()]
     if config.output:
         paths = [str(path) for path in write_stats(stats, histograms, Path(config.output))]
         rows.append(("written", "\n".join(paths)))
@@ -127,6 +130,8 @@ def dataset_remove(args: Args) -> Result:
     rows = [
         ("asked for", f"{done.asked:,} by {done.by}"),
         ("removed now", f"{done.removed:,}"),
+        ("  of them twins of duplicates", f"{done.twins:,}"),
+        *(("  of them only alike", source) for source in done.near_twins[:_SHOWN]),
         ("removed before", f"{done.already_removed:,}"),
         ("rows that were no sample", f"{done.dropped:,}"),
         ("removed in all", f"{done.removed_in_all:,}"),

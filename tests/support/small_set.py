@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from cluster.manifest import MANIFEST, Manifest, commit, file_entry, load
 from cluster.store import open_store
+from data_pipeline.ledger import digest
 from data_pipeline.records import (
     DATASET_KIND,
     DATASET_VERSION,
@@ -60,6 +61,7 @@ def write_set(
     origin: str = "a.tar",
     format: ShardFormat = "tar",
     changes: dict[int, dict[str, Any]] | None = None,
+    details: dict[int, str] | None = None,
     recipe: dict[str, Any] | None = None,
     meta: dict[str, Any] | None = None,
 ) -> None:
@@ -67,7 +69,8 @@ def write_set(
 
     Samples count on through the shards; dropped rows, one per reason, have the sources `<origin>/lost-000`,
     `<origin>/lost-001` ... Rows are dealt to two chunks, so that a chunk has samples of several shards.
-    `changes` are fields of single samples, `meta` takes the place of parts of the manifest's.
+    `changes` are fields of single samples, `details` those of single dropped rows, `meta` takes the place of
+    parts of the manifest's.
     """
     store = open_store(str(uri))
     files, shards, rows, first = [], [], [], 0
@@ -81,7 +84,8 @@ def write_set(
             shards.append(vars(write_shard(samples, paths[0], paths[1], format)))
             files += [file_entry(path, path.name) for path in dict.fromkeys(paths)]
             rows += [kept_row(sample, shard, index) for index, sample in enumerate(samples)]
-        rows += [dropped_row(f"{origin}/lost-{n:03d}", reason) for n, reason in enumerate(dropped)]
+        for n, reason in enumerate(dropped):
+            rows.append(dropped_row(f"{origin}/lost-{n:03d}", reason, (details or {}).get(n)))
         for chunk in range(CHUNKS):
             path = Path(name) / f"rows/rows-{chunk:06d}.parquet"
             write_rows(path, rows[chunk::CHUNKS], chunk)
@@ -89,11 +93,12 @@ def write_set(
         for entry in files:
             store.put_file(entry.name, Path(name) / entry.name)
     reasons = Counter(dropped)
+    recipe = recipe or {"transform": {"short_side": 224}}
     counts = {"rows_in": len(rows), "kept": first, "dropped": len(dropped)}
     counts |= {f"dropped/{reason}": n for reason, n in sorted(reasons.items())}
     document = {
-        "recipe": recipe or {"transform": {"short_side": 224}},
-        "recipe_digest": hashlib.sha256(repr(recipe).encode()).hexdigest(),
+        "recipe": recipe,
+        "recipe_digest": digest(recipe),
         "inputs": {
             "chunks": CHUNKS,
             "bytes": 1000 + first,
@@ -114,7 +119,7 @@ def kept_row(sample: Sample, shard: int, index: int) -> dict[str, Any]:
     return {**row, "fate": "kept", "retriable": False, "shard": shard, "index": index}
 
 
-def dropped_row(source: str, reason: str) -> dict[str, Any]:
+def dropped_row(source: str, reason: str, detail: str | None = None) -> dict[str, Any]:
     """The row of a dropped source row; those that timed out might pass another day."""
     return {
         "key": source.rpartition("/")[2],
@@ -122,7 +127,7 @@ def dropped_row(source: str, reason: str) -> dict[str, Any]:
         "url": f"https://example.org/{source}.jpg",
         "fate": "dropped",
         "reason": reason,
-        "detail": f"it is {reason}",
+        "detail": detail or f"it is {reason}",
         "retriable": reason == "timeout",
     }
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.exceptions import LocalRayletDiedError, NodeDiedError, RayError, RaySystemError
 
-from cluster.errors import MaskClipError, ShardCorrupt
+from cluster.errors import Hang, MaskClipError, ShardCorrupt
 from cluster.ray_tasks import ray_session, run_bounded
 
 ROOT = Path(__file__).parents[3]
@@ -256,3 +257,11 @@ except ConfigError as error:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert run.stdout.startswith(f"RAY_ADDRESS={address}: no session")
+
+
+@pytest.mark.parametrize("error", [RaySystemError("no agent"), LocalRayletDiedError(), NodeDiedError("gone")])
+def test_a_failure_of_ray_itself_may_pass(error: RayError) -> None:
+    says = f"^Ray failed .{type(error).__name__}: .*run again"
+    with pytest.raises(Hang, match=says) as caught, ray_session(1):
+        raise error
+    assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from cluster.errors import ObjectNotFound
 from data_pipeline import scan
 from data_pipeline.audit_job import audit
+from data_pipeline.merge import merge_datasets
 from data_pipeline.records import ShardFormat
 from data_pipeline.takedown import remove_samples
 from tests.support.small_dataset import flip_byte
@@ -172,3 +174,42 @@ def test_a_damaged_or_foreign_tombstone_is_a_problem(tmp_path: Path) -> None:
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(ObjectNotFound, match="no job that was begun"):
         audit(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("meta", "says"),
+    [
+        ({"recipe": {"transform": {"short_side": 225}}}, "the recipe is not the one of recipe_digest"),
+        ({"recipe_digest": "0" * 64}, "the recipe is not the one of recipe_digest"),
+        ({"inputs": {"chunks": 3}}, "inputs says 3 chunks, but there are files of rows of 2"),
+        ({"inputs": None}, "inputs says None chunks"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself(tmp_path: Path, meta: dict, says: str) -> None:
+    write_set(tmp_path, meta=meta)
+    (problem,) = audit(str(tmp_path)).problems
+    assert says in problem
+
+
+def test_a_manifest_that_was_edited_by_hand(tmp_path: Path) -> None:
+    write_set(tmp_path)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=1))
+    (problem,) = audit(str(tmp_path)).problems
+    assert "it was edited" in problem
+
+
+def test_the_manifest_of_a_merge_is_checked_down_to_its_parts(tmp_path: Path) -> None:
+    write_set(tmp_path / "a")
+    write_set(tmp_path / "b", origin="b.tar")
+    merge_datasets([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "c"))
+    assert audit(str(tmp_path / "c")).whole
+    path = tmp_path / "c/manifest.json"
+    good = path.read_text()
+    path.write_text(good.replace('"short_side":224', '"short_side":64', 1))
+    (problem,) = audit(str(tmp_path / "c")).problems
+    assert "merged_from, entry 1: the recipe is not" in problem
+    inputs = json.loads(good)["meta"]["merged_from"][1]["inputs"]["digest"]
+    path.write_text(good.replace(inputs, "0" * 64))
+    (problem,) = audit(str(tmp_path / "c")).problems
+    assert "not that of the inputs of merged_from" in problem

@@ -14,6 +14,7 @@ from data_pipeline.captions import (
     choose_caption,
     detect_language,
     repeated_runs,
+    visible,
     word_share,
 )
 
@@ -79,3 +80,19 @@ def test_a_language_that_the_detector_does_not_know_is_named() -> None:
     check_languages(("en", "zh"))
     with pytest.raises(ConfigError, match=r"no language detector for klingon; .*filters\.caption_languages"):
         check_languages(("en", "klingon"))
+
+
+UNSEEN = ["", " \n", "\ufeff", "\u200b\u200d", "\u2060 \u00ad", "\x00\x07", "\ufe0f"]
+
+
+@pytest.mark.parametrize("text", UNSEEN)
+def test_characters_that_cannot_be_seen_are_no_caption(text: str) -> None:
+    assert not visible(text)
+    assert choose_caption([text, None, "a"], "first", 1, 0) == "a"
+    assert choose_caption([text], "join", 1, 0) == ""
+
+
+@pytest.mark.parametrize("text", ["a", "\ufeffa", "浜", "👩\u200d🚀", "!", "e\u0301"])
+def test_one_character_that_can_be_seen_is_a_caption(text: str) -> None:
+    assert visible(text)
+    assert choose_caption([text], "first", 1, 0) == text

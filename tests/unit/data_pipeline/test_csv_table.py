@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import DataError
+from cluster.errors import ConfigError, DataError
 from data_pipeline import csv_table
 from data_pipeline.records import Reject, SourceRow
 from data_pipeline.table_source import TableConfig, plan_table, read_part
@@ -162,3 +162,45 @@ def test_a_packed_table_gives_the_rows_of_the_plain_one(tmp_path: Path) -> None:
     assert [(row.chunk, row.url, row.caption) for row in plain] == [
         (row.chunk, row.url, row.caption) for row in unpacked
     ]
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz"])
+@pytest.mark.parametrize("text", [b"", b"\n\r\n", b"url,text\n", b"url,text", b"\xef\xbb\xbfurl,text\r\n\n"])
+def test_a_table_without_rows_is_no_chunk(tmp_path: Path, name: str, text: bytes) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    assert plan_table(CountingStore(str(tmp_path)), name, TableConfig(**SMALL), 10) == []
+    write_csv(tmp_path / "u.csv", [["url", "text"], ["http://x/0", "zero"]])
+    assert [row.source for row in read_tables(tmp_path, **SMALL)] == ["u.csv#0"]
+
+
+def test_an_empty_table_without_header_is_no_chunk(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b"")
+    table = TableConfig(**SMALL, columns=("url", "text"))
+    assert plan_table(CountingStore(str(tmp_path)), "t.csv", table, 10) == []
+
+
+def test_a_table_without_rows_must_still_have_the_columns(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes(b"url,caption\n")
+    with pytest.raises(ConfigError, match="no column 'text'"):
+        plan_table(CountingStore(str(tmp_path)), "t.csv", TableConfig(**SMALL), 10)
+
+
+@pytest.mark.parametrize("quoted", [True, False])
+@pytest.mark.parametrize("columns", [None, ("url", "text")])
+@pytest.mark.parametrize("text", [b"url,text\rhttp://x/0,zero\r", b'url,text\rhttp://x/0,"a, b"\ru,v'])
+def test_lines_that_end_with_a_carriage_return_alone_are_an_error_that_says_so(
+    tmp_path: Path, text: bytes, columns: tuple[str, ...] | None, quoted: bool
+) -> None:
+    (tmp_path / "t.csv").write_bytes(text)
+    with pytest.raises(DataError, match=r"t\.csv: its lines end with a carriage return alone"):
+        read_tables(tmp_path, **SMALL, columns=columns, quoted=quoted)
+
+
+def test_a_long_file_of_carriage_returns_is_told_from_an_open_quote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(csv_table, "_BLOCK", 1000)
+    monkeypatch.setattr(csv_table, "_LONGEST_ROW", 5000)
+    (tmp_path / "t.csv").write_bytes(b"url,text\r" + b"http://x/1,one\r" * 10_000)
+    with pytest.raises(DataError, match="carriage return"):
+        read_tables(tmp_path, **SMALL)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from data_pipeline.header import MAX_BLOCKS, HeaderError, ImageHeader, read_header
+from data_pipeline.header import MAX_BLOCKS, REASONS, HeaderError, ImageHeader, read_header
 from tests.support.raw_input import encode, noise
 
-REASONS = {"not_an_image", "unsupported_format", "truncated_header", "broken_header"}
 STARTS = (b"", b"\xff\xd8", b"\xff\xd8\xff\xe1", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBPVP8X", b"GIF89a")
 
 
@@ -241,3 +242,14 @@ def test_a_huge_jpeg_is_known_without_its_pixels() -> None:
     expected = ImageHeader(format="jpeg", width=14_000, height=14_000, components=3, bits=8, private=True)
     assert header == expected
     assert peak < 100_000
+
+
+def test_every_reason_is_in_the_documentation() -> None:
+    root = Path(__file__).resolve().parents[3]
+    lines = (root / "docs/data-format.md").read_text("utf-8").splitlines()
+    assert [f"| `{reason}` | {meaning} |" for reason, meaning in REASONS.items()] == [
+        line for line in lines if line.startswith(tuple(f"| `{reason}`" for reason in REASONS))
+    ]
+    code = (root / "data_pipeline/header.py").read_text("utf-8")
+    found = re.findall(r'"((?:not|unsupported|truncated|broken)_[a-z_]+)"', code)
+    assert set(found) == set(REASONS)

@@ -80,6 +80,14 @@ def test_of_twins_the_first_counts(store: ObjectStore) -> None:
     assert ledger.staged_rounds(store, RECIPE, CHUNKS)[0] == [first]
 
 
+def test_a_record_of_other_input_gives_way(store: ObjectStore) -> None:
+    """A driver that was replaced may enter one at the last moment."""
+    stage(store, 0, rows="staging/old", inputs="of the input before")
+    second = stage(store, 0, rows="staging/new")
+    assert second.rows == "staging/new"
+    assert ledger.staged_rounds(store, RECIPE, CHUNKS)[0] == [second]
+
+
 def test_a_shard_counts_for_its_decision_and_while_its_files_are_whole(store: ObjectStore) -> None:
     for index in range(4):
         files = tuple(FileEntry(f"shard-{index:06d}.{e}", 3, "0" * 64) for e in ("tar", "arrow"))
@@ -129,10 +137,10 @@ def test_a_decision_holds_for_exactly_these_rounds(store: ObjectStore) -> None:
 
 def test_the_clean_up_takes_only_what_the_job_needed(store: ObjectStore, tmp_path: Path) -> None:
     stage(store, 0)
-    for name in ("shard-000000.tar", "rows/rows-000000.parquet", "tombstones/a.json"):
+    for name in ("shard-000000.tar", "shard-000001.tar", "rows/rows-000000.parquet", "tombstones/a.json"):
         store.put(name, b"")
     for name in ("staging/.tmp-1", ".tmp-2", "rows/.tmp-3"):
         (tmp_path / "set" / name).write_bytes(b"of a process that was killed")
-    ledger.clean_up(store)
+    ledger.clean_up(store, ["shard-000000.tar", "rows/rows-000000.parquet"])
     left = {str(p.relative_to(store.uri)) for p in Path(store.uri).rglob("*") if p.is_file()}
     assert left == {"shard-000000.tar", "rows/rows-000000.parquet", "tombstones/a.json"}

@@ -24,6 +24,7 @@ from data_pipeline import takedown
 from data_pipeline.augment import AugmentConfig, train_view
 from data_pipeline.catalog import load_dataset
 from data_pipeline.loader import Batch, Loader, LoaderConfig, eval_batches
+from data_pipeline.mixing import MixPart
 from data_pipeline.order import OrderConfig, SampleOrder
 from data_pipeline.records import sample_id
 from data_pipeline.tokenizer import Tokenizer
@@ -314,3 +315,16 @@ def test_settings_that_make_no_sense_are_refused(uri: str) -> None:
     for seconds in (-1, math.nan, math.inf):
         with pytest.raises(ValueError, match=r"set data\.loader\.tombstone_seconds to"):
             LoaderConfig(tombstone_seconds=seconds)
+
+
+def test_nothing_is_left_to_train_on(tmp_path: Path) -> None:
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    write_dataset(a, SIZES)
+    write_dataset(b, SIZES, first=100)
+    remove_from(a, list(range(1, sum(SIZES))))
+    loader(a)
+    remove_from(a, [0])
+    with pytest.raises(DataError, match=f"{a}: every sample was removed"):
+        loader(a)
+    mixed = [MixPart(uri=a, weight=1), MixPart(uri=b, weight=1)]
+    Loader(mixed, ORDER, AUGMENT, LoaderConfig(workers=0), BATCH, 0, 1)

@@ -13,6 +13,7 @@ from cluster.errors import ConfigError, DataError, ManifestMismatch, ShardCorrup
 from cluster.manifest import sha256_file
 from cluster.store import open_store
 from cluster.store_local import LocalStore
+from data_pipeline import merge
 from data_pipeline.audit_job import audit
 from data_pipeline.catalog import load_dataset, load_index
 from data_pipeline.merge import merge_datasets
@@ -131,7 +132,26 @@ def test_ids_in_two_sets_are_refused_by_name(tmp_path: Path) -> None:
     uris = [str(tmp_path / name) for name in "ab"]
     with pytest.raises(DataError, match=f"id {small_sample(2).id} stands in {uris[0]} and in {uris[1]}"):
         merge_datasets(uris, str(tmp_path / "c"))
-    assert not (tmp_path / "c/manifest.json").exists()
+    assert not (tmp_path / "c").exists()  # nor is it claimed: the next merge may be of other sets
+
+
+def test_a_merge_that_comes_late_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has seen an empty output; another one commits there before it claims it."""
+    origins, output = two(tmp_path), tmp_path / "c"
+    committed: dict[str, str] = {}
+    real = merge.require_disjoint
+
+    def slow(planned: Any) -> list[str]:
+        monkeypatch.setattr(merge, "require_disjoint", real)
+        merge_datasets(origins[::-1], str(output))
+        committed.update(files(output))
+        return real(planned)
+
+    monkeypatch.setattr(merge, "require_disjoint", slow)
+    with pytest.raises(ManifestMismatch, match="another data set"):
+        merge_datasets(origins, str(output))
+    assert committed
+    assert files(output) == committed
 
 
 def test_a_source_that_one_set_kept_and_another_dropped_stands_once(tmp_path: Path) -> None:

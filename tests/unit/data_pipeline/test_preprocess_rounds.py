@@ -87,6 +87,7 @@ def test_few_missing_rows_are_dropped_as_retriable(busy: tuple[WebServer, Prepro
     _, recipe = busy
     summary = run_preprocess(replace(recipe, accept_retriable=0.2))
     assert (summary.samples, summary.rejects) == (7, {"http_404": 1, "http_503": 2})
+    assert summary.retriable == 2
     files = sorted(Path(recipe.output).glob("rows/*"))
     rows = [row for path in files for row in pq.read_table(path).to_pylist()]
     assert [row["retriable"] for row in rows] == [number in (2, 5) for number in range(10)]

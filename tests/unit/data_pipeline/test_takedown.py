@@ -13,8 +13,17 @@ import pytest
 from cluster.errors import ConfigError, ManifestMismatch, ObjectNotFound
 from cluster.manifest import sha256_file
 from cluster.store import open_store
+from data_pipeline import dedup
 from data_pipeline.catalog import load_dataset
-from data_pipeline.takedown import By, load_tombstones, read_tombstones, remove_samples
+from data_pipeline.merge import merge_datasets
+from data_pipeline.takedown import (
+    TWIN_REASONS,
+    By,
+    load_tombstones,
+    read_tombstones,
+    remove_samples,
+    tombstone_problems,
+)
 from tests.support.small_dataset import flip_byte
 from tests.support.small_set import small_sample, write_set
 
@@ -100,6 +109,7 @@ def test_a_tombstone_says_what_was_asked(tmp_path: Path) -> None:
         "reason": "claim 17",
         "time": "2026-01-02T03:04:05+00:00",
         "ids": [small_sample(1).id],
+        "twins": [],
         "dataset": load_dataset(str(tmp_path)).digest,
     }
 
@@ -153,7 +163,10 @@ def test_a_damaged_tombstone_lets_nothing_through(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(damage)
         with pytest.raises(ManifestMismatch, match=name):
             gone(tmp_path)
+        (line,) = tombstone_problems(open_store(str(tmp_path)))
+        assert name in line
     (tmp_path / name).write_bytes(data)
+    assert tombstone_problems(open_store(str(tmp_path))) == []
     (tmp_path / "tombstones/note.txt").write_text("hello")
     with pytest.raises(ManifestMismatch, match=r"note\.txt"):
         gone(tmp_path)
@@ -164,3 +177,57 @@ def test_a_damaged_file_of_rows_is_an_error_and_not_a_miss(tmp_path: Path) -> No
     flip_byte(tmp_path / "rows/rows-000001.parquet", 0)
     with pytest.raises(ManifestMismatch, match="rows-000001"):
         remove(tmp_path, "source", "a.tar/001")
+
+
+def test_the_reasons_that_have_a_twin_are_those_of_the_search_for_duplicates() -> None:
+    assert ("", *TWIN_REASONS) == dedup.REASONS
+
+
+@pytest.mark.parametrize("reason", TWIN_REASONS)
+def test_the_sample_that_stayed_for_a_duplicate_goes_too(tmp_path: Path, reason: str) -> None:
+    write_set(tmp_path, dropped=("small", reason), details={0: "a.tar/000", 1: "a.tar/003"})
+    url = "https://example.org/a.tar/lost-001.jpg"
+    done = remove(tmp_path, "url", url)
+    assert (done.removed, done.twins, done.dropped, done.not_found) == (1, 1, 1, ())
+    assert done.near_twins == (("a.tar/003",) if reason == "near_duplicate" else ())
+    assert gone(tmp_path) == [small_sample(3).id]
+    ((_, document),) = read_tombstones(open_store(str(tmp_path)))
+    assert document["twins"] == [small_sample(3).id]
+    again = remove(tmp_path, "url", url)
+    assert (again.removed, again.twins, again.already_removed, again.near_twins) == (0, 0, 1, ())
+
+
+def test_what_was_dropped_for_another_reason_has_no_twin(tmp_path: Path) -> None:
+    write_set(tmp_path, dropped=("small", "duplicate_bytes"), details={0: "a.tar/000", 1: "a.tar/003"})
+    done = remove(tmp_path, "source", "a.tar/lost-000")
+    assert (done.removed, done.twins, done.tombstone) == (0, 0, None)
+
+
+def test_a_twin_that_was_asked_for_itself_counts_as_asked(tmp_path: Path) -> None:
+    write_set(tmp_path, dropped=("near_duplicate",), details={0: "a.tar/003"})
+    done = remove(tmp_path, "source", "a.tar/lost-000", "a.tar/003")
+    assert (done.removed, done.twins, done.near_twins) == (1, 0, ())
+
+
+def test_twins_are_followed_over_several_comparisons_and_rings_end(tmp_path: Path) -> None:
+    reasons = ("duplicate_bytes", "duplicate_pixels", "near_duplicate", "duplicate_pair", "duplicate_pair")
+    ways = ("lost-001", "lost-002", "004", "lost-004", "lost-003")  # the last two name each other
+    details = {n: f"a.tar/{name}" for n, name in enumerate(ways)}
+    write_set(tmp_path, dropped=reasons, details=details)
+    assert remove(tmp_path, "source", "a.tar/lost-003").removed == 0
+    done = remove(tmp_path, "source", "a.tar/lost-000")
+    assert (done.removed, done.twins, done.near_twins) == (1, 1, ("a.tar/004",))
+    assert gone(tmp_path) == [small_sample(4).id]
+
+
+def test_twins_are_found_where_a_merge_renamed_the_dropped_rows(tmp_path: Path) -> None:
+    reasons, details = ("duplicate_bytes", "duplicate_pixels"), {0: "b.tar/lost-001", 1: "b.tar/003"}
+    write_set(tmp_path / "b", dropped=reasons, details=details, origin="b.tar")
+    write_set(tmp_path / "a")
+    write_set(tmp_path / "c", (1,), ("small", "small"), origin="b.tar", changes={0: {"id": 7, "source": "x"}})
+    parts = [str(tmp_path / name) for name in ("a", "c", "b")]
+    merge_datasets(parts, str(tmp_path / "m"))
+    digest = load_dataset(str(tmp_path / "b")).digest[:16]
+    done = remove(tmp_path / "m", "source", f"{digest}/b.tar/lost-000")
+    assert (done.dropped, done.removed) == (1, 1)
+    assert gone(tmp_path / "m") == [small_sample(3, "b.tar").id]

@@ -272,7 +272,9 @@ def test_equal_input_gives_equal_bytes() -> None:
 def test_captions_become_one_clean_line() -> None:
     assert clean_caption("  two\n\twords\u00a0\u3000here\x00\x07 ") == "two words here"
     assert clean_caption("👩\u200d🚀 naïve") == "👩\u200d🚀 naïve"
-    assert clean_caption(" \x00\n") == ""
+    assert clean_caption("\ufeffa\ufeff dog") == "a dog"
+    for nothing in (" \x00\n", "\ufeff", "\u200b \u200d", "\ufe0f"):
+        assert clean_caption(nothing) == ""
 
 
 @pytest.mark.parametrize("size", [(100, 64), (300, 200)], ids=["kept", "encoded"])

@@ -94,6 +94,53 @@ def test_remove(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "they = asked" in next((folder / "tombstones").glob("000002-*")).read_text()
 
 
+def test_settings_may_stand_behind_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_set(tmp_path / "set")
+    where, output = str(tmp_path / "set"), f"output={tmp_path / 'out'}"
+    for words in (
+        ["dataset", "stats", where, "--json", output],
+        ["dataset", "stats", "--json", where, output],
+        ["--json", "dataset", "stats", where, output],
+    ):
+        assert main(words) == 0
+        assert len(json.loads(capsys.readouterr().out)["written"]) == 2
+    assert main(["dataset", "audit", where, "--json", "worker=2"]) == 64
+    assert "worker: unknown key" in json.loads(capsys.readouterr().out)["message"]
+
+
+def test_remove_counts_and_names_twins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_set(tmp_path, dropped=("near_duplicate",), details={0: "a.tar/003"})
+    words = ["dataset", "remove", str(tmp_path), "by=source", "values=a.tar/lost-000"]
+    assert main(words) == 0
+    lines = [line.split("│")[1:3] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    shown = {name.strip(): value.strip() for name, value in lines}
+    assert (shown["of them twins of duplicates"], shown["of them only alike"]) == ("1", "a.tar/003")
+    code, data = run(capsys, *words)
+    assert (code, data["removed"], data["already_removed"], data["near_twins"]) == (0, 0, 1, [])
+
+
+def test_verify_reads_tombstones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_set(tmp_path)
+    run(capsys, "dataset", "remove", tmp_path, "by=source", "values=a.tar/001")
+    assert run(capsys, "dataset", "verify", tmp_path)[0] == 0
+    (tombstone,) = (tmp_path / "tombstones").iterdir()
+    flip_byte(tombstone, 30)
+    code, data = run(capsys, "dataset", "verify", tmp_path)
+    assert (code, data["status"]) == (65, "damaged")
+    assert tombstone.name in data["problems"][0]
+
+
+def test_the_table_of_stats_shows_aspects_as_ratios(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_set(tmp_path)  # 10 to 14 wide, 20 high
+    assert main(["dataset", "stats", str(tmp_path)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "aspect" in line)
+    assert "min 0.5" in line
+    assert "max 0.7" in line
+    assert run(capsys, "dataset", "stats", tmp_path)[1]["aspect"]["max"] == 700
+
+
 def test_a_hash_of_digits_stays_a_hash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     digits = "12345e67".rjust(64, "0")
     write_set(tmp_path, changes={0: {"sha256": bytes.fromhex(digits)}})

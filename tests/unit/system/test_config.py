@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import ConfigError
+from data_pipeline.mixing import MixedOrder
+from data_pipeline.order import OrderConfig
 from data_pipeline.preprocess import PreprocessConfig
 from data_pipeline.tokenizer import CONTEXT_LENGTH, VOCAB_SIZE
 from system.config import (
@@ -281,3 +283,40 @@ def test_identity_ignores_where_and_with_how_many():
     assert digest(identity(load_train_recipe(EMOJI, free))) == base
     for bound in ("run.seed=1", "data.global_batch=80", "model.mlm.weight=0.1", "optimizer.lr=7e-4"):
         assert digest(identity(load_train_recipe(EMOJI, [bound]))) != base
+
+
+MIX = "data.mix=[{uri: a, weight: 6}, {uri: b, weight: 2}]"
+
+
+@pytest.mark.parametrize("cleared", ["data.uri=", "data.uri=null", "data.uri=''"])
+def test_a_mix_takes_the_place_of_the_data_set_of_a_recipe(cleared):
+    config = load_train_recipe(EMOJI, [cleared, MIX])
+    assert config.data.uri == ""
+    assert [(part.uri, part.weight) for part in config.data.parts] == [("a", 6), ("b", 2)]
+
+
+def test_a_data_set_and_a_mix_are_too_much_and_neither_too_little():
+    found = message(MIX)
+    assert "data.uri and data.mix are both set" in found
+    assert "data.uri=" in found
+    assert "data.mix=[]" in found
+    assert "set data.uri or data.mix" in message("data.uri=")
+    assert load_train_recipe(EMOJI, ["data.uri=c", "data.mix=[]"]).data.parts[0].uri == "c"
+
+
+@pytest.mark.parametrize(
+    ("weights", "batch", "fits"),
+    [((6, 2), 100, True), ((6, 2), 98, False), ((1, 2), 96, True), ((1, 2), 80, False)],
+)
+def test_weights_that_do_not_divide_the_batch_are_refused_by_their_key(weights, batch, fits):
+    mix = f"data.mix=[{{uri: a, weight: {weights[0]}}}, {{uri: b, weight: {weights[1]}}}]"
+    knobs = ["data.uri=", mix, f"data.global_batch={batch}", "data.streams=2"]
+    if fits:
+        config = load_train_recipe(EMOJI, knobs).data
+        shards = [[50] * 8, [30] * 8]
+        order = OrderConfig(seed=0, streams=config.streams, window_shards=2)
+        assert sum(MixedOrder(shards, weights, order, batch).counts) == batch
+    else:
+        found = message(*knobs)
+        assert "data.global_batch" in found
+        assert "data.mix" in found
