@@ -3,8 +3,9 @@ proxy, undisturbed and with faults: 5 % of the answers are 503, 1 % are cut shor
 times slower.
 
 Both runs read one epoch of the same data set into an empty cache, take turns, and must give every sample
-once. The proxy gives each connection 10 MB/s. The slow shard is one that is first needed in the middle of
-the epoch: in the first batch nothing could hide it. Wall times, because waiting is what is measured, less the
+once. The proxy gives each connection 10 MB/s. The slow shard, which takes 5 s, is one that is first needed in
+the middle of the epoch, and the look-ahead is longer than that: where either is not so, the loader can only
+wait for the rest of it. Wall times, because waiting is what is measured, less the
 time for which the loader's thread was ready to run and other jobs of the machine had its core.
 
     python -m benchmarks.loader_faults [--rounds 5] [--json FILE]
@@ -43,8 +44,9 @@ from data_pipeline.records import DATASET_KIND, DATASET_VERSION, Sample, sample_
 from data_pipeline.shard_writer import write_shard
 from tests.support.s3_server import S3Server
 
-SHARDS, SIZE, BATCH = 96, 128, 64
+SHARDS, SIZE, BATCH = 192, 128, 64
 ORDER = OrderConfig(seed=1, streams=4, window_shards=4)
+LOOKAHEAD, TRANSFERS = 256, 16
 GOAL = 0.9
 PIECE = 64 << 10
 
@@ -174,7 +176,7 @@ def epoch(server: S3Server, uri: str, faults: Faults) -> dict[str, float]:
     try:
         while socket.socket().connect_ex(("127.0.0.1", port)):
             time.sleep(0.05)
-        cfg = LoaderConfig(cache=folder, cache_bytes=10**9, lookahead=128)
+        cfg = LoaderConfig(cache=folder, cache_bytes=4 * 10**9, lookahead=LOOKAHEAD, transfers=TRANSFERS)
         loader = Loader(uri, ORDER, AugmentConfig(image_size=224), cfg, BATCH, 0, 1)
         steps, ids = SHARDS * SIZE // BATCH, []
         asked, start, queued = counts[0], time.perf_counter(), run_queue_seconds()
