@@ -76,11 +76,6 @@ class DuplicateConfig:
         return self.pixels or self.pair or self.near_radius is not None
 
     @property
-    def enabled(self) -> bool:
-        """Whether any duplicate is dropped."""
-        return self.bytes or self.needs_fingerprints
-
-    @property
     def kinds(self) -> tuple[str, ...]:
         """The steps after the ids, in order."""
         exact = tuple(kind for kind in _EXACT if getattr(self, kind))

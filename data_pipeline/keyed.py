@@ -149,16 +149,3 @@ def _feistel_back(value: np.ndarray, bits: np.ndarray, key: np.ndarray) -> np.nd
 
 def _noise(half: np.ndarray, key: np.ndarray, round_number: int) -> np.ndarray:
     return _finalise((key + U64(round_number) * GOLDEN) ^ _finalise(half))
-
-
-class Permutation:
-    """Keyed bijection on [0, n) in O(1) memory: index array in, int64 index array of the same shape out."""
-
-    def __init__(self, n: int, key: int | np.integer) -> None:
-        if n < 1:
-            raise ValueError(f"Permutation of {n} elements: n must be at least 1")
-        self.n = n
-        self.key = int(key) & MASK_64
-
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        return permute(x, self.n, self.key)

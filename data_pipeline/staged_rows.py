@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 
 from cluster.errors import DataError
 from cluster.store import ObjectStore, open_store
+from data_pipeline.store_file import StoreFile
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -94,31 +94,4 @@ def _open(store: ObjectStore, name: str) -> Any:
     size = store.size(name)
     if size <= _WHOLE_BYTES:
         return pa.BufferReader(store.get(name))
-    return pa.PythonFile(_RangeFile(store, name, size), mode="r")
-
-
-class _RangeFile(io.RawIOBase):
-    """A stored object as a file that can seek; each read is one request."""
-
-    def __init__(self, store: ObjectStore, name: str, size: int) -> None:
-        self._store, self._name, self._size, self._position = store, name, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = start + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._store.get_range(self._name, self._position, len(buffer))
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
+    return pa.PythonFile(StoreFile(store, name, 0, size), mode="r")

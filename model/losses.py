@@ -15,19 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.contrastive import Ring
 
-class Collectives(Protocol):
-    """What the losses need from the other ranks. All ranks call in the same order with the same shapes."""
 
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """Give x to the next rank and return the previous one's. After `size` turns everything is home."""
-        ...
+class Collectives(Ring, Protocol):
+    """What the objective needs from the other ranks: the ring of the contrastive losses, and sums."""
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over ranks as a new tensor, detached."""
@@ -37,7 +29,6 @@ class Collectives(Protocol):
 class SingleProcess:
     """Collectives of one rank."""
 
-    rank = 0
     size = 1
 
     def rotate(self, x: Tensor) -> Tensor:

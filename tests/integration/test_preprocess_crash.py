@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from tests.support.crash_rig import crash
 
 
-def test_kills_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "set by the rig, and taken back after it")
-    monkeypatch.delenv("RAY_ADDRESS")
+def test_kills_leave_no_trace(tmp_path: Path) -> None:
     outcome, files = crash(kills=5, seed=7, folder=tmp_path)
     assert outcome.kills == 5
     assert outcome.commits >= 1

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import ray
 
@@ -101,7 +102,6 @@ class Rig:
         # Forked from a process that has imported everything but holds no thread and no Ray.
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([__name__])
-        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
         self.reference, self._lengths = self._undisturbed()
 
     def _undisturbed(self) -> tuple[dict[str, str], dict[str, float]]:
@@ -239,6 +239,7 @@ def ray_workers() -> list[ProcessInfo]:
 
 def crash(kills: int, seed: int, folder: Path) -> tuple[Outcome, int]:
     """Spend `kills` in `folder`; the outcome, and the number of files that each data set has."""
-    with ray_session(2):
+    # The drivers join this cluster by it; nobody after them may find it set.
+    with ray_session(2), patch.dict(os.environ, RAY_ADDRESS=ray.get_runtime_context().gcs_address):
         rig = Rig(make_input(folder / "raw"), folder, seed)
         return rig.spend(kills), len(rig.reference)

@@ -130,12 +130,12 @@ def test_a_set_without_images_has_no_duplicates(tmp_path: Path) -> None:
 
 
 def test_the_config_says_what_staging_must_compute() -> None:
-    assert not DuplicateConfig().enabled
-    assert DuplicateConfig(bytes=True).enabled
+    assert not DuplicateConfig().kinds
+    assert DuplicateConfig(bytes=True).kinds
     assert not DuplicateConfig(bytes=True).needs_fingerprints
     for config in (DuplicateConfig(pixels=True), DuplicateConfig(pair=True), DuplicateConfig(near_radius=0)):
         assert config.needs_fingerprints
-        assert config.enabled
+        assert config.kinds
     assert DuplicateConfig(bytes=True, pair=True, near_radius=2).kinds == ("bytes", "pair", "near")
     for radius in (-1, 17):
         with pytest.raises(ValueError, match="near_radius"):
