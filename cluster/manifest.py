@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,7 +117,7 @@ def verify(store: ObjectStore, manifest: Manifest, deep: bool = True) -> list[st
             problems.append(f"{where}: missing")
         elif size != entry.size:
             problems.append(f"{where}: size {size}, manifest says {entry.size}")
-        elif deep and (found := _digest(_pieces(store, entry))) != entry.sha256:
+        elif deep and (found := sha256_object(store, entry.name, entry.size)) != entry.sha256:
             problems.append(f"{where}: sha256 {found}, manifest says {entry.sha256}")
     return problems
 
@@ -134,15 +133,11 @@ def file_entry(path: Path, name: str) -> FileEntry:
     return FileEntry(name, path.stat().st_size, sha256_file(path))
 
 
-def _pieces(store: ObjectStore, entry: FileEntry) -> Iterator[bytes]:
-    for start in range(0, entry.size, _PIECE_BYTES):
-        yield store.get_range(entry.name, start, min(_PIECE_BYTES, entry.size - start))
-
-
-def _digest(pieces: Iterator[bytes]) -> str:
+def sha256_object(store: ObjectStore, key: str, size: int) -> str:
+    """SHA-256 of the first `size` bytes of a stored object, in hexadecimal, read in pieces."""
     digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
+    for start in range(0, size, _PIECE_BYTES):
+        digest.update(store.get_range(key, start, min(_PIECE_BYTES, size - start)))
     return digest.hexdigest()
 
 

@@ -12,12 +12,8 @@ whatever the size of the set. `audit_job` does the same for a job that has not c
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,14 +22,13 @@ from cluster import manifest as manifests
 from cluster.errors import ManifestMismatch
 from cluster.manifest import MANIFEST, Manifest
 from cluster.store import ObjectStore, open_store
-from data_pipeline.audit_files import check_file, check_rows, check_shard
+from data_pipeline.audit_files import check_file, check_rows, check_shard, joined_inputs
 from data_pipeline.catalog import DatasetManifest, describe
 from data_pipeline.ledger import digest
 from data_pipeline.records import DATASET_KIND, DATASET_VERSION
-from data_pipeline.scan import Buckets, Problems, in_order
+from data_pipeline.scan import Buckets, Problems, Progress, in_order
+from data_pipeline.scratch import scratch_folder
 from data_pipeline.takedown import TOMBSTONES, load_tombstones
-
-Progress = Callable[[int, int, str], None]
 
 SOURCE = [("high", "<u8"), ("low", "<u8"), ("row", "<i8"), ("chunk", "<i4")]
 _PLACE = [("id", "<i8"), ("shard", "<i4"), ("index", "<i4"), ("side", "u1")]
@@ -102,9 +97,9 @@ def audit_dataset(uri: str, workers: int = 4, progress: Progress | None = None) 
         if progress is not None:
             progress(done, steps, note)
 
-    with tempfile.TemporaryDirectory(prefix="maskclip-") as folder:
-        places = Buckets(Path(folder, "places"), _PLACE, 2 * dataset.num_samples)
-        sources = Buckets(Path(folder, "sources"), SOURCE, dataset.counts.get("rows_in", 0))
+    with scratch_folder() as folder:
+        places = Buckets(folder / "places", _PLACE, 2 * dataset.num_samples)
+        sources = Buckets(folder / "sources", SOURCE, dataset.counts.get("rows_in", 0))
         entries = [dataset.files[name] for name in dataset.rows_files]
         for rows in in_order(lambda entry: check_rows(store, entry), entries, workers):
             rows_in, kept, retriable = rows_in + rows.rows_in, kept + rows.kept, retriable + rows.retriable
@@ -180,16 +175,10 @@ def _check_meta(meta: dict[str, Any], where: str, problems: Problems) -> None:
         line = f"{where}: the recipe is not the one of recipe_digest, so one of them was changed"
         problems.add("manifest", line)
     parts = meta.get("merged_from", [])
-    if parts and _joined_inputs(parts) != meta.get("inputs", {}).get("digest"):
+    if parts and joined_inputs(parts) != meta.get("inputs", {}).get("digest"):
         problems.add("manifest", f"{where}: the digest of inputs is not that of the inputs of merged_from")
     for number, part in enumerate(parts):
         _check_meta(part, f"{where}: merged_from, entry {number + 1}", problems)
-
-
-def _joined_inputs(parts: Sequence[dict[str, Any]]) -> str:
-    """Digest of the inputs of a merge, from those of its parts."""
-    joined = "".join(str(part.get("inputs", {}).get("digest", "")) for part in parts)
-    return hashlib.sha256(joined.encode()).hexdigest()
 
 
 def report_twice(sources: Buckets, problems: Problems) -> None:

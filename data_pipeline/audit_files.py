@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,9 @@ def _arrow_images(path: Path, name: str) -> Iterator[memoryview]:
             images.validate(full=True)
             for image in images:
                 yield memoryview(image.as_buffer())
+
+
+def joined_inputs(parts: Sequence[dict[str, Any]]) -> str:
+    """Digest of the inputs of a merge, from those of its parts."""
+    joined = "".join(str(part.get("inputs", {}).get("digest", "")) for part in parts)
+    return hashlib.sha256(joined.encode()).hexdigest()

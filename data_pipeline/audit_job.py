@@ -7,11 +7,9 @@ there; rows that another round may still keep are pending. Nothing is changed, s
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from data_pipeline import ledger
 from data_pipeline.audit import SOURCE, Audit, Progress, audit_dataset, report_twice
 from data_pipeline.ledger import StageRecord
 from data_pipeline.scan import Buckets, Problems, in_order, local_file, pc, read_rows, text_hashes
+from data_pipeline.scratch import scratch_folder
 
 _COLUMNS = ("chunk", "row", "source", "reason", "retriable", "image_file", "image_offset", "image_size")
 
@@ -62,14 +61,14 @@ class _Chunk:
 def _audit_job(store: ObjectStore, workers: int, progress: Progress | None) -> Audit:
     recipe = ledger.digest(json.loads(store.get(ledger.CLAIM)))
     sizes = dict(store.list())
-    prefix = ledger.stage_key(recipe, 0, 0).rpartition("stage-")[0]
+    prefix = ledger.folder(recipe)
     chunks = _rounds(store, [name for name in sizes if name.startswith(f"{prefix}stage-")])
     decided = ledger.select_key(recipe) in sizes
     problems, late, reasons = Problems(), Counter[str](), Counter[str]()
     rows_in = kept = 0
-    with tempfile.TemporaryDirectory(prefix="maskclip-") as folder:
+    with scratch_folder() as folder:
         expected = sum(records[0].rows_in for records in chunks.values())
-        sources = Buckets(Path(folder, "sources"), SOURCE, expected)
+        sources = Buckets(folder / "sources", SOURCE, expected)
         read = in_order(lambda item: _chunk(store, sizes, *item), sorted(chunks.items()), workers)
         for done, chunk in enumerate(read, start=1):
             rows_in, kept = rows_in + chunk.rows_in, kept + chunk.kept

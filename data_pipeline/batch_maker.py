@@ -77,6 +77,11 @@ class BatchMaker:
         self._distinct = max(1, int(self._weight.sum()))
 
     @property
+    def removed(self) -> int:
+        """Samples that were taken down, as far as is known here."""
+        return sum(len(removed) for removed in self._removed)
+
+    @property
     def counters(self) -> CacheCounters:
         """What the caches of all data sets have done, as of now."""
         return sum((reader.counters for reader in self._readers), CacheCounters())
@@ -196,6 +201,9 @@ class _Removed:
         self._store = open_store(uri)
         self._seconds = seconds
         self._read()
+
+    def __len__(self) -> int:
+        return len(self._ids)
 
     def refresh(self) -> None:
         """Read them again when it is time; raises as `load_tombstones`."""

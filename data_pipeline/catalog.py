@@ -47,11 +47,6 @@ class DatasetManifest:
         return {k.removeprefix(DROPPED): n for k, n in sorted(self.counts.items()) if k.startswith(DROPPED)}
 
     @property
-    def rejects(self) -> dict[str, int]:
-        """The same under the name that the summary of `maskclip preprocess` gives it."""
-        return self.dropped
-
-    @property
     def rows_files(self) -> tuple[str, ...]:
         """Names of the files that hold the fate of every source row, in the order of the chunks."""
         return tuple(sorted(name for name in self.files if name.startswith(ROWS_FOLDER)))

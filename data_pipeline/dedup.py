@@ -15,13 +15,11 @@ Only numbers travel between machines, 25 to 75 bytes a row. `docs/duplicates.md`
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import comb
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +30,7 @@ from cluster.errors import DataError
 from cluster.store import open_store
 from data_pipeline.exchange import Step, exchange
 from data_pipeline.near import MAX_RADIUS, band_keys, best_extra_bands, smallest_near
+from data_pipeline.scratch import scratch_folder
 from data_pipeline.staged_rows import StagedRows, runs
 
 REASONS = ("", "duplicate_bytes", "duplicate_pixels", "duplicate_pair", "near_duplicate")
@@ -293,8 +292,8 @@ def _write_dropped(uri: str, folder: str, table: pa.Table) -> Iterator[pa.Table]
         part = part.filter(pa.array(np.append(True, rows[1:] != rows[:-1])))
         reason = names.take(part["reason"].combine_chunks())
         dropped = pa.table([part["row"], reason, part["detail"]], schema=DROPPED_SCHEMA).combine_chunks()
-        with tempfile.TemporaryDirectory(prefix="maskclip-") as temporary:
-            path = Path(temporary) / "dropped"
+        with scratch_folder() as temporary:
+            path = temporary / "dropped"
             pq.write_table(dropped, path)
             store.put_file(dropped_name(folder, chunk), path)
         codes, counts = np.unique(part["reason"].to_numpy(), return_counts=True)

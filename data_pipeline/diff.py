@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +10,9 @@ import pyarrow as pa
 from cluster.store import ObjectStore, open_store
 from data_pipeline.catalog import DatasetManifest, load_dataset, load_index
 from data_pipeline.records import ShardInfo
-from data_pipeline.scan import Buckets, in_order, text_hashes
+from data_pipeline.scan import Buckets, Progress, in_order, text_hashes
+from data_pipeline.scratch import scratch_folder
 from data_pipeline.takedown import load_tombstones
-
-Progress = Callable[[int, int, str], None]
 
 EXAMPLES = 5
 _RECORD = [
@@ -43,8 +39,8 @@ def diff_datasets(a: str, b: str, progress: Progress | None = None) -> dict[str,
     work = [(side, n) for side in (0, 1) for n in range(len(sets[side].shards))]
     found = {"only_a": _Found(), "only_b": _Found(), "changed": _Found()}
     common = 0
-    with tempfile.TemporaryDirectory(prefix="maskclip-") as folder:
-        records = Buckets(Path(folder, "records"), _RECORD, sum(s.num_samples for s in sets))
+    with scratch_folder() as folder:
+        records = Buckets(folder / "records", _RECORD, sum(s.num_samples for s in sets))
 
         def read(item: tuple[int, int]) -> dict[str, Any]:
             side, shard = item

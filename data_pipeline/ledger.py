@@ -101,19 +101,24 @@ def claim(store: ObjectStore, recipe: dict[str, Any]) -> None:
         )
 
 
+def folder(recipe: str) -> str:
+    """Where the records under the recipe's digest lie."""
+    return f"{LEDGER}{recipe[:12]}/"
+
+
 def stage_key(recipe: str, chunk: int, round: int) -> str:
     """Key of the record of a round of a chunk, under the recipe's digest."""
-    return f"{LEDGER}{recipe[:12]}/stage-{chunk:06d}-r{round}.json"
+    return f"{folder(recipe)}stage-{chunk:06d}-r{round}.json"
 
 
 def select_key(recipe: str) -> str:
     """Key of the record of the decision over all rows."""
-    return f"{LEDGER}{recipe[:12]}/select.json"
+    return f"{folder(recipe)}select.json"
 
 
 def shard_key(recipe: str, index: int) -> str:
     """Key of the record of an output shard."""
-    return f"{LEDGER}{recipe[:12]}/shard-{index:06d}.json"
+    return f"{folder(recipe)}shard-{index:06d}.json"
 
 
 def enter(store: ObjectStore, key: str, record: StageRecord) -> StageRecord:
@@ -143,7 +148,7 @@ def staged_rounds(store: ObjectStore, recipe: str, chunks: Sequence[Chunk]) -> l
     A record counts if its input still has its names and sizes and its files are there in their sizes. Records
     that do not are deleted.
     """
-    prefix = stage_key(recipe, 0, 0).rpartition("stage-")[0]
+    prefix = folder(recipe)
     sizes = dict(store.list(STAGING))
     names = [key for key, _ in store.list(f"{prefix}stage-")]
     by_chunk: dict[int, dict[int, StageRecord]] = {}
@@ -174,7 +179,7 @@ def written_shards(store: ObjectStore, recipe: str, plan: str) -> dict[int, Shar
 
     Other records are deleted.
     """
-    prefix = shard_key(recipe, 0).rpartition("000000")[0]
+    prefix = f"{folder(recipe)}shard-"
     sizes = dict(store.list("shard-"))
     names = [key for key, _ in store.list(prefix)]
     done: dict[int, ShardRecord] = {}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +21,7 @@ import numpy as np
 
 from cluster.errors import ConfigError, DataError
 from cluster.store import ObjectStore, open_store
+from data_pipeline.scratch import scratch_folder
 
 ListKind = Literal["urls", "domains", "sha256", "keys"]
 
@@ -186,10 +186,10 @@ def _find(uri: str, kind: ListKind) -> tuple[ObjectStore, str, int]:
 def _load_cached(kind: ListKind, folder: str, name: str, size: int) -> np.ndarray:
     # The size is in the key, so that a list that grew is read again.
     store = open_store(folder)
-    with tempfile.TemporaryDirectory(prefix="maskclip-") as temporary:
+    with scratch_folder() as temporary:
         local = Path(folder, name)
         if not local.is_file():
-            local = Path(temporary, "list")
+            local = temporary / "list"
             store.get_file(name, local)  # a mapping outlives the file's name
         if name.endswith(".npy"):
             return _mapped(local, f"{folder}/{name}")

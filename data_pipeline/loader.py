@@ -11,31 +11,23 @@ import signal
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from cluster.errors import DataError, MaskClipError
-from cluster.store import open_store
-from data_pipeline.augment import AugmentConfig, eval_view
-from data_pipeline.batch_maker import Batch, BatchMaker, BatchSpec, collate, undecodable
+from cluster.stop import SIGNALS
+from data_pipeline.augment import AugmentConfig
+from data_pipeline.batch_maker import Batch, BatchMaker, BatchSpec
 from data_pipeline.catalog import load_dataset
-from data_pipeline.dataset_reader import DatasetReader
-from data_pipeline.decode import UndecodableImage
 from data_pipeline.loader_config import LoaderConfig
 from data_pipeline.mixing import MixPart, mix_digest
 from data_pipeline.order import OrderConfig
 from data_pipeline.shard_cache import CacheCounters
-from data_pipeline.takedown import load_tombstones
-from data_pipeline.tokenizer import Tokenizer
 
-__all__ = ["Batch", "Loader", "LoaderConfig", "eval_batches"]
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+__all__ = ["Batch", "Loader", "LoaderConfig"]
 
 
 @dataclass(frozen=True)
@@ -100,12 +92,6 @@ class Loader:
         parts = (MixPart(uri=data, weight=1),) if isinstance(data, str) else tuple(data)
         datasets = [load_dataset(part.uri) for part in parts]
         self.num_samples = sum(dataset.num_samples for dataset in datasets)
-        removed = sum(len(load_tombstones(open_store(part.uri))) for part in parts)
-        if removed >= self.num_samples:
-            raise DataError(
-                f"{', '.join(part.uri for part in parts)}: every sample was removed "
-                "(maskclip dataset remove), so nothing is left to train on; choose another data set"
-            )
         self.manifest_digest = mix_digest(
             [dataset.digest for dataset in datasets], [part.weight for part in parts]
         )
@@ -121,6 +107,11 @@ class Loader:
         )
         # Also made when workers will do the work: what is wrong with the settings shows here and now.
         self._maker = BatchMaker(self._spec, datasets)
+        if self._maker.removed >= self.num_samples:
+            raise DataError(
+                f"{', '.join(part.uri for part in parts)}: every sample was removed "
+                "(maskclip dataset remove), so nothing is left to train on; choose another data set"
+            )
         self._counters: dict[int, CacheCounters] = {}
 
     @property
@@ -170,47 +161,11 @@ class Loader:
         # A worker takes seconds to import; stop signals that reach its process group meanwhile must not kill
         # it, so it is born with them blocked. The tracker must exist before: starting it unblocks them.
         resource_tracker.ensure_running()
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             return cast(_MultiProcessingDataLoaderIter, iter(loader))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-
-def eval_batches(dataset_uri: str, image_size: int, batch: int) -> Generator[Batch, None, None]:
-    """Every sample once, in stored order: the centre of each image, weight 1, epoch 0.
-
-    A sample with a tombstone is black, without words and of weight 0. The last batch may be smaller. Runs in
-    this process. Shards of a remote data set are held in a temporary folder, two at a time. Raises as
-    `Loader`.
-    """
-    dataset = load_dataset(dataset_uri)
-    removed = load_tombstones(open_store(dataset_uri))
-    tokenizer = Tokenizer()
-    starts = np.cumsum([0] + [shard.num_samples for shard in dataset.shards])
-    largest = max(
-        sum(dataset.files[name].size for name in {shard.name, shard.index_name}) for shard in dataset.shards
-    )
-    with TemporaryDirectory(prefix="maskclip-eval-") as folder:
-        reader = DatasetReader(dataset, folder, 2 * largest)
-        try:
-            for first in range(0, dataset.num_samples, batch):
-                slots = np.arange(first, min(first + batch, dataset.num_samples))
-                shards = np.searchsorted(starts, slots, side="right") - 1
-                images = np.zeros((len(slots), image_size, image_size, 3), np.uint8)
-                captions, ids = [""] * len(slots), np.empty(len(slots), np.int64)
-                for k, sample in reader.samples(shards, slots - starts[shards]):
-                    ids[k] = sample.id
-                    if not np.isin(sample.id, removed):
-                        captions[k] = sample.caption
-                        try:
-                            images[k] = eval_view(bytes(sample.image), image_size)
-                        except UndecodableImage as error:
-                            raise undecodable(sample, error) from error
-                weights = (~np.isin(ids, removed)).astype(np.float32)
-                yield collate(images, captions, tokenizer, ids, np.zeros_like(slots), slots, weights)
-        finally:
-            reader.close()
 
 
 def _as_it_is(item: Any) -> Any:
@@ -220,9 +175,9 @@ def _as_it_is(item: Any) -> Any:
 def _ignore_stop_signals(worker: int) -> None:
     """The training process decides when to stop, and needs batches until then: workers outlive the
     signals."""
-    for number in STOP_SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _stop_workers(workers: _MultiProcessingDataLoaderIter) -> None:

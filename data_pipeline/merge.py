@@ -7,7 +7,6 @@ command: what it wrote is there whole or not at all, and `ledger/merge.json` say
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,8 +15,8 @@ from typing import Any
 from cluster import manifest as manifests
 from cluster.errors import ConfigError, DataError, ManifestMismatch
 from cluster.manifest import MANIFEST, Manifest
-from cluster.store import ObjectStore, open_store
-from data_pipeline.audit_files import number_of
+from cluster.store import ObjectStore, open_store, overlap
+from data_pipeline.audit_files import joined_inputs, number_of
 from data_pipeline.catalog import describe
 from data_pipeline.ledger import LEDGER, canonical, digest
 from data_pipeline.merge_copy import Origin, Progress, copy_shards, renamed, require_disjoint, write_rows
@@ -88,12 +87,12 @@ def merge_datasets(
 def _require_apart(stores: Sequence[ObjectStore], target: ObjectStore) -> None:
     if len(stores) < 2:
         raise ConfigError("a merge needs two data sets or more; name them before output=...")
-    places = [f"{store.uri}/" for store in stores]
+    places = [store.uri for store in stores]
     for number, place in enumerate(places):
         if place in places[:number]:
-            raise ConfigError(f"{stores[number].uri}: is named twice; name each data set once")
-        if place.startswith(f"{target.uri}/") or f"{target.uri}/".startswith(place):
-            raise ConfigError(f"{target.uri}: is not apart from {stores[number].uri}; choose another output")
+            raise ConfigError(f"{place}: is named twice; name each data set once")
+        if overlap(place, target.uri):
+            raise ConfigError(f"{target.uri}: is not apart from {place}; choose another output")
 
 
 def _plan(stores: Sequence[ObjectStore]) -> list[Origin]:
@@ -135,7 +134,6 @@ def _meta(origins: Sequence[Origin], recipe: dict[str, Any]) -> dict[str, Any]:
     for origin in origins:
         counts.update(origin.dataset.counts)
     inputs = [dict(origin.meta.get("inputs", {})) for origin in origins]
-    joined = "".join(str(part.get("digest", "")) for part in inputs)
     infos = [
         replace(info, name=new[0], index_name=new[1])
         for origin in origins
@@ -149,7 +147,7 @@ def _meta(origins: Sequence[Origin], recipe: dict[str, Any]) -> dict[str, Any]:
         "inputs": {
             "chunks": sum(len(origin.chunks) for origin in origins),
             "bytes": sum(int(part.get("bytes", 0)) for part in inputs),
-            "digest": hashlib.sha256(joined.encode()).hexdigest(),
+            "digest": joined_inputs([origin.meta for origin in origins]),
         },
         "counts": dict(sorted(counts.items())),
         "shards": [asdict(info) for info in infos],

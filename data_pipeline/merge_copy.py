@@ -3,7 +3,7 @@ and the files of rows with their new numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,9 @@ from cluster.manifest import FileEntry, file_entry, sha256_file
 from cluster.store import ObjectStore
 from data_pipeline.audit_files import number_of
 from data_pipeline.catalog import DatasetManifest
-from data_pipeline.records import ROWS_SCHEMA, ShardInfo, shard_names
-from data_pipeline.scan import Buckets, in_order, local_file, pc, read_rows, text_hashes
+from data_pipeline.records import ROWS_SCHEMA, ShardInfo, rows_name, shard_names
+from data_pipeline.scan import Buckets, Progress, in_order, local_file, pc, read_rows, text_hashes
 from data_pipeline.scratch import scratch_folder
-
-Progress = Callable[[int, int, str], None]
 
 _ID = [("id", "<i8"), ("origin", "<i4")]
 _SOURCE = [("high", "<u8"), ("low", "<u8"), ("origin", "<i4"), ("kept", "?")]
@@ -132,7 +130,7 @@ def write_rows(
 
     def write(item: tuple[Origin, str, str]) -> FileEntry:
         origin, prefix, old = item
-        new = f"rows/rows-{origin.chunks[old]:06d}.parquet"
+        new = rows_name(origin.chunks[old])
         with (
             scratch_folder() as folder,
             local_file(origin.store, old) as source,

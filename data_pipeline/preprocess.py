@@ -33,7 +33,7 @@ from cluster.errors import (
 )
 from cluster.manifest import MANIFEST, Manifest
 from cluster.ray_tasks import ray_session, run_bounded
-from cluster.store import ObjectStore, open_store
+from cluster.store import ObjectStore, open_store, overlap
 from data_pipeline import ledger
 from data_pipeline.catalog import describe
 from data_pipeline.dedup import DuplicateConfig
@@ -137,7 +137,10 @@ def run_preprocess(config: PreprocessConfig, progress: Report | None = None) -> 
     """
     start = time.monotonic()
     store = open_store(config.output)
-    _refuse_overlap(store.uri, open_store(config.source.uri).uri)
+    if overlap(store.uri, config.source.uri):
+        raise ConfigError(
+            f"{store.uri}: lies inside the source {config.source.uri}, or around it; choose another output"
+        )
     check_columns(config.source, config.filters)
     RowFilter(config.filters)  # a list that is not there is found now, and not by every task
     chunks = plan_chunks(config.source)
@@ -320,13 +323,6 @@ class _Job:
         return (record for _, record in results)
 
 
-def _refuse_overlap(output: str, source: str) -> None:
-    if f"{output}/".startswith(f"{source}/"):
-        raise ConfigError(f"{output}: lies inside the source {source}; choose another output")
-    if f"{source}/".startswith(f"{output}/"):
-        raise ConfigError(f"{source}: lies inside the output {output}; choose another output")
-
-
 def _missing(rounds: Sequence[Sequence[StageRecord]]) -> Counter[str]:
     """Rows that are missing for what may pass, by reason."""
     return sum((Counter(done[-1].retriable) for done in rounds), Counter[str]())
@@ -371,7 +367,7 @@ def _summary(
     return PreprocessSummary(
         samples=dataset.num_samples,
         shards=len(dataset.shards),
-        rejects=dataset.rejects,
+        rejects=dataset.dropped,
         skipped=skipped,
         seconds=time.monotonic() - start,
         manifest_digest=dataset.digest,

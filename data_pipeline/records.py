@@ -182,3 +182,8 @@ def shard_names(index: int, format: ShardFormat) -> tuple[str, str]:
     """Names of the file and of the Arrow index of shard number `index`."""
     arrow = f"shard-{index:06d}.arrow"
     return (f"shard-{index:06d}.tar" if format == "tar" else arrow), arrow
+
+
+def rows_name(chunk: int) -> str:
+    """Key of the final rows of a chunk."""
+    return f"rows/rows-{chunk:06d}.parquet"

@@ -9,7 +9,6 @@ size of the records, in the folder that TMPDIR names.
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,13 +25,17 @@ from cluster.errors import ObjectNotFound
 from cluster.store import ObjectStore
 from cluster.store_local import LocalStore
 from data_pipeline.catalog import broken_file
+from data_pipeline.keyed import GOLDEN
+from data_pipeline.scratch import scratch_folder
 
 BATCH_ROWS = 1 << 16
 BUCKET_BYTES = 64 << 20
 MOST_BUCKETS = 256
 LINES_PER_KIND = 5
 _FLUSH_BYTES = 16 << 20
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+Progress = Callable[[int, int, str], None]
+"""Told of work: done, in all, a note."""
 
 pc: Any = pyarrow.compute  # most of its functions are made at run time, where no type checker sees them
 
@@ -52,8 +55,8 @@ def local_file(store: ObjectStore, name: str) -> Iterator[Path]:
             raise ObjectNotFound(f"{store.uri}/{name}: no such file")
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="maskclip-") as folder:
-        path = Path(folder) / "file"
+    with scratch_folder() as folder:
+        path = folder / "file"
         store.get_file(name, path)
         yield path
 
@@ -144,7 +147,7 @@ class Buckets:
             number = np.zeros(len(records), np.int64)
         else:
             keys = np.ascontiguousarray(records[self._key]).view(np.uint64)
-            number = ((keys * _GOLDEN) >> np.uint64(64 - self._bits)).astype(np.int64)
+            number = ((keys * GOLDEN) >> np.uint64(64 - self._bits)).astype(np.int64)
         order = np.argsort(number, kind="stable")
         records, ends = records[order], np.cumsum(np.bincount(number, minlength=1 << self._bits))
         for n, (start, end) in enumerate(zip(np.r_[0, ends[:-1]], ends, strict=True)):

@@ -30,7 +30,7 @@ from cluster.manifest import FileEntry
 from cluster.ray_tasks import run_bounded
 from cluster.store import ObjectStore, open_store
 from data_pipeline.dedup import DuplicateConfig, drop_duplicates
-from data_pipeline.records import ShardFormat
+from data_pipeline.records import ShardFormat, rows_name
 from data_pipeline.selection_writer import (
     PLACES_SCHEMA,
     PLAN_SCHEMA,
@@ -39,7 +39,6 @@ from data_pipeline.selection_writer import (
     Written,
     empty_part,
     part_name,
-    rows_name,
     write_by_chunk,
     write_by_hash,
     write_rows,

@@ -17,7 +17,7 @@ from cluster.store import open_store
 from data_pipeline.dedup import DROPPED_SCHEMA, dropped_name
 from data_pipeline.exchange import Step, exchange
 from data_pipeline.keyed import mix
-from data_pipeline.records import ROWS_SCHEMA, STAGED_SCHEMA
+from data_pipeline.records import ROWS_SCHEMA, STAGED_SCHEMA, rows_name
 from data_pipeline.scratch import scratch_folder
 from data_pipeline.staged_rows import StagedRows, runs
 
@@ -104,11 +104,6 @@ class Written:
 def part_name(folder: str, part: int) -> str:
     """Key of a part of the plan."""
     return f"{folder}/part-{part:06d}.parquet"
-
-
-def rows_name(chunk: int) -> str:
-    """Key of the final rows of a chunk."""
-    return f"rows/rows-{chunk:06d}.parquet"
 
 
 def write_by_chunk(fates: Fates, layout: Layout, kept: np.ndarray, _: int | None) -> Written:

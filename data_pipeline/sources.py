@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import Literal
 
 from cluster.errors import DataError
@@ -22,6 +20,7 @@ from cluster.store import ObjectInfo, ObjectStore, open_store
 from data_pipeline.folder_source import cut_folder, read_folder
 from data_pipeline.records import Reject, SourceRow
 from data_pipeline.sample_files import to_row
+from data_pipeline.scratch import scratch_folder
 from data_pipeline.table_source import (
     TABLE_EXTENSIONS,
     TableConfig,
@@ -158,8 +157,8 @@ def read_chunk(chunk: Chunk, source: SourceConfig) -> Iterator[SourceRow | Rejec
 
 def _read_tar_chunk(store: ObjectStore, chunk: Chunk) -> Iterator[SourceRow | Reject]:
     (name,) = chunk.names
-    with tempfile.TemporaryDirectory(prefix="maskclip-") as folder:
-        path = Path(folder) / "input.tar"
+    with scratch_folder() as folder:
+        path = folder / "input.tar"
         store.get_file(name, path)
         if path.stat().st_size != chunk.size:
             raise DataError(

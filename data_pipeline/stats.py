@@ -7,7 +7,6 @@ any number of samples.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,8 @@ from cluster.store import ObjectStore, open_store
 from data_pipeline.catalog import DatasetManifest, load_dataset, load_index
 from data_pipeline.histogram import Histogram
 from data_pipeline.records import ShardInfo
-from data_pipeline.scan import in_order, pc
+from data_pipeline.scan import Progress, in_order, pc
 from data_pipeline.takedown import load_tombstones
-
-Progress = Callable[[int, int, str], None]
 
 ASPECT_UNIT = 1000
 """Aspect ratios (width over height) are counted in thousandths."""

@@ -27,11 +27,10 @@ from cluster.manifest import sha256_file
 from cluster.store import ObjectStore, open_store
 from data_pipeline.catalog import DatasetManifest, load_dataset
 from data_pipeline.records import sample_id
-from data_pipeline.scan import in_order, local_file, pc, read_rows
+from data_pipeline.scan import Progress, in_order, local_file, pc, read_rows
 
 TOMBSTONES = "tombstones/"
 By = Literal["url", "sha256", "id", "source"]
-Progress = Callable[[int, int, str], None]
 
 _NAME = re.compile(rf"{TOMBSTONES}(\d{{6,}})-([0-9a-f]{{32}})\.json")
 _MERGED = re.compile(r"(?:[0-9a-f]{16}/)+")  # what a merge may put before the source of a dropped row
@@ -143,10 +142,11 @@ def remove_samples(
 
 def tombstone_problems(store: ObjectStore) -> list[str]:
     """One line for every tombstone that is damaged."""
+    names = [key for key, _ in store.list(TOMBSTONES)]
     problems = []
-    for key, _ in store.list(TOMBSTONES):
+    for name, data in zip(names, _get_all(store, names), strict=True):
         try:
-            _parse(store, key, store.get(key))
+            _parse(store, name, data)
         except ManifestMismatch as error:
             problems.append(str(error))
     return problems
@@ -154,14 +154,14 @@ def tombstone_problems(store: ObjectStore) -> list[str]:
 
 def carry_tombstones(source: ObjectStore, target: ObjectStore) -> int:
     """Copy the tombstones that `target` lacks, under new numbers; how many."""
-    there = {match[2] for key, _ in target.list(TOMBSTONES) if (match := _NAME.fullmatch(key))}
-    carried = 0
+    there = _by_digest(target)
+    before = len(there)
     for _, document in read_tombstones(source):
         digest = _digest(document)
         if digest not in there:
-            target.put_if_absent(_next_name(target, digest), _canonical(document))
-            carried += 1
-    return carried
+            there[digest] = _next_name(there, digest)
+            target.put_if_absent(there[digest], _canonical(document))
+    return len(there) - before
 
 
 @dataclass
@@ -280,17 +280,22 @@ def _parse_value(by: By, value: str) -> Any:
 
 def _write(store: ObjectStore, document: dict[str, Any], time: str) -> str:
     digest = _digest(document)
-    for key, _ in store.list(TOMBSTONES):
-        if (match := _NAME.fullmatch(key)) and match[2] == digest:
-            return key  # another one made the same request meanwhile
-    name = _next_name(store, digest)
+    there = _by_digest(store)
+    if digest in there:
+        return there[digest]  # another one made the same request meanwhile
+    name = _next_name(there, digest)
     store.put_if_absent(name, _canonical({**document, "time": time}))
     return name
 
 
-def _next_name(store: ObjectStore, digest: str) -> str:
+def _by_digest(store: ObjectStore) -> dict[str, str]:
+    """Names of the tombstones in `store`, by the digest of what they ask."""
+    return {match[2]: key for key, _ in store.list(TOMBSTONES) if (match := _NAME.fullmatch(key))}
+
+
+def _next_name(there: dict[str, str], digest: str) -> str:
     # Two writers may take one number: their names still differ by what they ask.
-    numbers = [int(match[1]) for key, _ in store.list(TOMBSTONES) if (match := _NAME.fullmatch(key))]
+    numbers = [int(match[1]) for name in there.values() if (match := _NAME.fullmatch(name))]
     return f"{TOMBSTONES}{max(numbers, default=0) + 1:06d}-{digest}.json"
 
 

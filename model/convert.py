@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.blocks import MLP_RATIO
 from model.config import Layout, ModelConfig
-from model.objective import MaskClip
+from model.objective import INITIAL_BIAS, MaskClip
 from model.vision import IMAGE_MEAN, IMAGE_STD
 
 Get = Callable[[str], Tensor]
@@ -205,7 +205,7 @@ def open_clip_config(config: ModelConfig) -> dict[str, Any]:
         },
     }
     if config.contrastive == "sigmoid":
-        model["init_logit_bias"] = -10.0
+        model["init_logit_bias"] = INITIAL_BIAS
     return {"model_cfg": model, "preprocess_cfg": {"mean": list(IMAGE_MEAN), "std": list(IMAGE_STD)}}
 
 

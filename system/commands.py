@@ -164,13 +164,11 @@ def export(args: Args) -> Result:
 
 
 def report(args: Args) -> Result:
-    from system.history import load_history
-    from system.report import summary, write_report
+    from system.report import load_run, summary, write_report
 
     config = knobs(args, ReportConfig)
-    history = load_history(open_store(args.run))
-    data = write_report(args.run, Path(config.output))
-    return Result(data, summary(history))
+    record = load_run(open_store(args.run))
+    return Result(write_report(record, Path(config.output)), summary(record.history))
 
 
 def show_config(args: Args) -> Result:

@@ -27,7 +27,7 @@ from data_pipeline.decode import UndecodableImage
 from system.eval_layouts import Layout
 from system.zero_shot import parse_templates, read_lines
 
-ReadFiles = Callable[[int, int], Iterator[tuple[str, bytes]]]
+ReadFiles = Callable[[Sequence[int]], Iterator[tuple[str, bytes]]]
 
 SEGMENTATION_CLASSES = "classes.txt"
 CLASS_NAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
@@ -55,7 +55,7 @@ class EvalSet:
     """Of the data set's manifest; of the other layouts, of the list of their files and sizes."""
     num_images: int
     files: ReadFiles
-    """(first, last) -> name and encoded file of images first ... last - 1, in order."""
+    """Positions of images -> their names and encoded files, in that order."""
     captions: tuple[str, ...] = ()
     image_P: np.ndarray
     """int64 [P]: the image of each caption."""
@@ -73,7 +73,7 @@ class EvalSet:
         Raises DataError for an image that cannot be decoded, and what reading raises.
         """
         images: list[np.ndarray] = []
-        for name, data in self.files(first, last):
+        for name, data in self.files(range(first, last)):
             try:
                 images.append(eval_view(data, side))
             except UndecodableImage as error:

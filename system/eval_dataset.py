@@ -133,7 +133,7 @@ class _Reader:
         self._dataset, self._place_N = dataset, place_N
         self._starts = np.cumsum([0, *(shard.num_samples for shard in dataset.shards)])
 
-    def __call__(self, first: int, last: int) -> Iterator[tuple[str, bytes]]:
+    def __call__(self, positions: Sequence[int]) -> Iterator[tuple[str, bytes]]:
         largest = max(
             sum(self._dataset.files[name].size for name in {shard.name, shard.index_name})
             for shard in self._dataset.shards
@@ -141,7 +141,7 @@ class _Reader:
         with TemporaryDirectory(prefix="maskclip-eval-") as folder:
             reader = DatasetReader(self._dataset, folder, 2 * largest)
             try:
-                places = iter(self._place_N[first:last].tolist())
+                places = iter(self._place_N[np.asarray(positions, np.int64)].tolist())
                 while some := list(islice(places, _TOGETHER)):
                     yield from self._read(reader, np.array(some))
             finally:

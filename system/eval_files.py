@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -48,8 +48,9 @@ def open_folder(store: ObjectStore) -> EvalSet:
     if empty:
         raise DataError(f"{store.uri}: no images in the class folder {empty[0]!r}; fill it or remove it")
 
-    def files(first: int, last: int) -> Iterator[tuple[str, bytes]]:
-        for key, _ in images[first:last]:
+    def files(positions: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+        for position in positions:
+            key, _ = images[position]
             yield key, store.get(key)
 
     return EvalSet(
@@ -105,8 +106,9 @@ def open_webdataset(store: ObjectStore, split: str) -> EvalSet:
             f"{len(names)} names; it is counted from 0"
         )
 
-    def files(first: int, last: int) -> Iterator[tuple[str, bytes]]:
-        for entry in entries[first:last]:
+    def files(positions: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+        for position in positions:
+            entry = entries[position]
             yield f"{entry.tar}/{entry.key}", store.get_range(entry.tar, entry.offset, entry.size)
 
     return EvalSet(

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from cluster.errors import ConfigError, DataError
+from cluster.store import open_store
 from system.encoder import Encoder, Report
 from system.eval_data import EvalSet, SetAddress
 from system.eval_layouts import Task
-from system.eval_open import open_set, require_images_of_classes
+from system.eval_open import detect_layout, open_set, require_images_of_classes
 from system.evaluation_config import FEATURE_TASKS, MeasureConfig
 from system.knn import evaluate_knn
 from system.linear_probe import evaluate_linear_probe, require_two_images
@@ -96,12 +97,11 @@ class FeatureEvaluation:
         """The training split with the numbers of the classes of the test split."""
         config = self.config
         assert config.train is not None  # the tasks say so
-        place = SetAddress(
-            uri=config.train, layout=config.layout, split=config.train_split, label=config.label
-        )
-        train = open_set(place)
-        if train.layout == "dataset":
-            train = open_set(place, self.images.class_names, self.images.class_source)
+        layout = config.layout if config.layout != "auto" else detect_layout(open_store(config.train))
+        place = SetAddress(uri=config.train, layout=layout, split=config.train_split, label=config.label)
+        of_test = (self.images.class_names, self.images.class_source)
+        train = open_set(place, *of_test) if layout == "dataset" else open_set(place)
+        if layout == "dataset":
             self.train_label_M = train.label_N
         elif config.class_names and len(train.class_names) == len(self.images.class_names):
             self.train_label_M = train.label_N  # the names are new ones for the same order

@@ -19,9 +19,8 @@ ANSWERS = 5
 PICTURE_SIDE, PICTURE_QUALITY = 96, 80
 
 
-def picture(images: EvalSet, position: int) -> str:
-    """A small JPEG of the image as the model sees it, in base64."""
-    ((_, data),) = images.files(position, position + 1)
+def picture(data: bytes) -> str:
+    """A small JPEG of an encoded image as the model sees it, in base64."""
     file = io.BytesIO()
     Image.fromarray(eval_view(data, PICTURE_SIDE)).save(file, "JPEG", quality=PICTURE_QUALITY)
     return base64.b64encode(file.getvalue()).decode()
@@ -83,7 +82,9 @@ def retrieval_examples(
         for item in (example, *example["answers"])
         if "picture" in item
     }
-    return {"examples": examples, "pictures": {str(p): picture(images, p) for p in sorted(shown)}}
+    places = sorted(shown)
+    read = zip(places, images.files(places), strict=True)
+    return {"examples": examples, "pictures": {str(place): picture(data) for place, (_, data) in read}}
 
 
 def _first(number_P: torch.Tensor) -> dict[int, int]:

@@ -13,7 +13,6 @@ Parameters go from the checkpoint to the file one at a time: memory does not gro
 import json
 import math
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +45,6 @@ from system.safetensors_stream import write_tensors
 KIND = "export"
 VERSION = 1
 CARD_FILE = "README.md"
-
-Get = Callable[[str], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -156,7 +153,7 @@ def export(run_uri: str, config: ExportConfig) -> dict:
     }
 
 
-def _reader(run: ObjectStore, step: int, tower: Tower, config: ModelConfig) -> Get:
+def _reader(run: ObjectStore, step: int, tower: Tower, config: ModelConfig) -> convert.Get:
     """Parameters of the inference model by name, each read from the checkpoint when it is asked for."""
     reader = FragmentReader(*open_checkpoint(run, step))
     # Checked before anything is written.

@@ -6,7 +6,6 @@ pixels is folded in (`model.convert`). Parameters that the file does not have (d
 a hidden word) keep the values that run.seed gives.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,7 @@ from cluster.errors import (
     ManifestMismatch,
     ObjectNotFound,
 )
-from cluster.manifest import MANIFEST, load
+from cluster.manifest import MANIFEST, load, sha256_object
 from cluster.store import ObjectStore, StoreConfig, open_store
 from model import convert
 from model.config import ModelConfig
@@ -36,7 +35,6 @@ from system.safetensors_stream import TensorFile
 
 SUFFIX = ".safetensors"
 EXPORT = "export"
-_PIECE_BYTES = 8 << 20
 # The first that is there is taken; otherwise the folder's only file.
 _FILES = ("model.safetensors", "open_clip_model.safetensors")
 _CONFIGS: dict[Layout, str] = {
@@ -124,10 +122,7 @@ def read_weights(
 def weights_digest(init: InitConfig, store: StoreConfig | None = None) -> str:
     """SHA-256 of the weights' file, in hexadecimal. Raises ManifestMismatch when it is a damaged export."""
     folder, key = _locate(init.uri, store)
-    digest = hashlib.sha256()
-    for start in range(0, folder.size(key), _PIECE_BYTES):
-        digest.update(folder.get_range(key, start, _PIECE_BYTES))
-    found = digest.hexdigest()
+    found = sha256_object(folder, key, folder.size(key))
     if folder.exists(MANIFEST):
         entries = {entry.name: entry.sha256 for entry in load(folder, EXPORT).files}
         if entries.get(key, found) != found:

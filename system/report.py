@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.errors import ConfigError, ObjectNotFound
-from cluster.store import ObjectStore, open_store
+from cluster.store import ObjectStore
 from system.evaluation_view import scores
 from system.history import Attempt, History, Mark, load_history
 from system.report_figures import NUM_ATTEMPT_COLOURS, attempt_colour, curves, evaluation_curves
@@ -146,14 +146,9 @@ def _evaluation_line(mark: Mark) -> str:
     return f"evaluated step {mark.step} ({facts['tower']}) on {facts['data']}: {', '.join(found)}{chance}"
 
 
-def write_report(run_uri: str, out: Path) -> dict[str, Any]:
-    """Write the HTML page to `out` and return what `summarise` says.
-
-    Raises:
-        ObjectNotFound: no run there.
-        ConfigError: `out` cannot be written.
-    """
-    record = load_run(open_store(run_uri))
+def write_report(record: RunRecord, out: Path) -> dict[str, Any]:
+    """Write the HTML page to `out` and return what `summarise` says. Raises ConfigError when `out` cannot be
+    written."""
     facts = summarise(record)
     page = _render(record, facts)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")

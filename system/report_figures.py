@@ -7,6 +7,7 @@ defines for both colour schemes. Ids are made unique per figure, since all figur
 import io
 import math
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -177,13 +178,12 @@ def _draw(history: History, panel: Panel) -> Figure:
         figure = Figure(figsize=(7.6 if panel.wide else 3.7, 2.3), layout="constrained")
         axes = figure.add_subplot()
         _marks(axes, history)
+        own = defaultdict(list)
+        for record in history.steps:
+            if math.isfinite(float(record.values.get(panel.scalar, math.nan))):
+                own[record.attempt].append(record)
         for attempt in history.attempts:
-            records = [
-                record
-                for record in history.steps
-                if record.attempt == attempt.number
-                and math.isfinite(float(record.values.get(panel.scalar, math.nan)))
-            ]
+            records = own[attempt.number]
             live = [(r.step, float(r.values[panel.scalar])) for r in records if r.live]
             lost = [(r.step, float(r.values[panel.scalar])) for r in records if not r.live]
             colour = _ATTEMPTS[attempt_colour(attempt.number)]

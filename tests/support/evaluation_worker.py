@@ -4,7 +4,7 @@ At BROKEN_RANK reading an image fails. The events of the run say what came out.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from cluster.errors import DataError
@@ -18,8 +18,8 @@ from system.training_evaluation import TrainingEvaluation
 from tests.support.engine_worker import worker_config
 
 
-def broken(first: int, last: int) -> Iterator[tuple[str, bytes]]:
-    raise DataError(f"image {first} is broken for the test")
+def broken(positions: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+    raise DataError(f"image {positions[0]} is broken for the test")
     yield
 
 

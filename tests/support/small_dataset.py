@@ -4,13 +4,9 @@ from."""
 from __future__ import annotations
 
 import hashlib
-import io
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
-from PIL import Image
 
 from cluster.manifest import Manifest, commit, file_entry
 from cluster.store import open_store
@@ -23,15 +19,12 @@ from data_pipeline.records import (
     shard_names,
 )
 from data_pipeline.shard_writer import write_shard
+from tests.support.raw_input import encode, noise
 
 
 def picture(number: int, width: int = 48, height: int = 40) -> bytes:
     """A JPEG that shows its number: smooth colours, different for each."""
-    rng = np.random.default_rng(number)
-    coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-    out = io.BytesIO()
-    coarse.resize((width, height), Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)
-    return out.getvalue()
+    return encode(noise(width, height, number), quality=90)
 
 
 def sample(number: int, width: int = 48, height: int = 40) -> Sample:

@@ -32,7 +32,7 @@ def test_a_data_set_loads_from_its_manifest(tmp_path: Path, format: ShardFormat)
         3,
     )
     assert all(dataset.files[s.name].size == s.size for s in dataset.shards)
-    assert dataset.dropped == dataset.rejects == {"a": 1, "b": 2}
+    assert dataset.dropped == {"a": 1, "b": 2}
     assert dataset.rows_files == ("rows/rows-000000.parquet", "rows/rows-000001.parquet")
 
 

@@ -23,12 +23,13 @@ from cluster.store import open_store
 from data_pipeline import takedown
 from data_pipeline.augment import AugmentConfig, train_view
 from data_pipeline.catalog import load_dataset
-from data_pipeline.loader import Batch, Loader, LoaderConfig, eval_batches
+from data_pipeline.loader import Batch, Loader, LoaderConfig
 from data_pipeline.mixing import MixPart
 from data_pipeline.order import OrderConfig, SampleOrder
 from data_pipeline.records import sample_id
 from data_pipeline.tokenizer import Tokenizer
 from tests.support.small_dataset import flip_byte, picture, write_dataset
+from tests.support.stored_batches import eval_batches
 
 SIZES = (11, 3, 20, 7)
 FIRST = np.cumsum([0, *SIZES])

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from cluster.errors import ConfigError, DataError, ManifestMismatch, NonFinite, ObjectNotFound
 from cluster.manifest import Manifest, commit, file_entry, load
 from cluster.store import open_store
-from data_pipeline.loader import eval_batches
 from data_pipeline.records import DATASET_KIND, DATASET_VERSION
 from system.evaluate import EvaluateConfig, evaluate, evaluations
 from system.evaluation_figures import write_scores
@@ -25,6 +24,7 @@ from system.history import load_history
 from system.report import load_run, write_report
 from tests.support.small_dataset import write_dataset
 from tests.support.small_run import CHECKPOINTS, write_run
+from tests.support.stored_batches import eval_batches
 
 SAMPLES = 11
 
@@ -118,7 +118,7 @@ def test_all_checkpoints_or_those_of_a_list(folder: Path, tmp_path: Path):
     console.print(render_several(results))
     text = console.export_text()
     assert all(str(step) in text for step in CHECKPOINTS)
-    facts = write_report(str(folder / "run"), tmp_path / "report.html")
+    facts = write_report(load_run(open_store(str(folder / "run"))), tmp_path / "report.html")
     assert {found["step"] for found in facts["evaluations"]} == set(CHECKPOINTS)
     assert "Evaluations by step" in (tmp_path / "report.html").read_text()
     with pytest.raises(ObjectNotFound, match="step 99"):

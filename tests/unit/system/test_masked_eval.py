@@ -1,6 +1,7 @@
 """What is said of masked patches, against the same worked out patch by patch."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +26,8 @@ CPU = torch.device("cpu")
 
 
 def pictures(numbers: list[int]) -> EvalSet:
-    def files(first: int, last: int):
-        return ((str(number), picture(number)) for number in numbers[first:last])
+    def files(positions: Sequence[int]):
+        return ((str(numbers[place]), picture(numbers[place])) for place in positions)
 
     nothing = np.zeros(0, np.int64)
     return EvalSet(

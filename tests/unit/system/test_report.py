@@ -84,7 +84,7 @@ def run(tmp_path: Path) -> ObjectStore:
 
 
 def page_of(run: ObjectStore, tmp_path: Path) -> Page:
-    write_report(run.uri, tmp_path / "report.html")
+    write_report(load_run(run), tmp_path / "report.html")
     return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
 
 
@@ -114,7 +114,7 @@ def test_captions_are_text_and_not_markup(run: ObjectStore, tmp_path: Path):
 
 
 def test_summary_is_json_and_the_terminal_shows_it(run: ObjectStore, tmp_path: Path):
-    facts = write_report(run.uri, tmp_path / "report.html")
+    facts = write_report(load_run(run), tmp_path / "report.html")
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
     assert (facts["steps_done"], facts["steps_wanted"], facts["kills"]) == (12, 12, 1)
     assert facts["superseded_steps"] == 3
@@ -198,10 +198,10 @@ def test_values_that_are_not_finite_leave_gaps(tmp_path: Path):
 
 def test_mistakes_are_one_clear_error(run: ObjectStore, tmp_path: Path):
     with pytest.raises(ObjectNotFound, match="there is no run here"):
-        write_report(str(tmp_path / "nothing"), tmp_path / "report.html")
+        write_report(load_run(open_store(str(tmp_path / "nothing"))), tmp_path / "report.html")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
-        write_report(run.uri, tmp_path / "file" / "report.html")
+        write_report(load_run(run), tmp_path / "file" / "report.html")
 
 
 def test_thinning_keeps_the_ends_and_every_spike():
