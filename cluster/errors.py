@@ -25,6 +25,10 @@ class ConfigError(MaskClipError):
     action = "human"
 
 
+class Superseded(ConfigError):
+    """A newer attempt of the same run has begun, so this one ends."""
+
+
 class DataError(MaskClipError):
     """The data are unusable as they are: broken, empty, or not what was promised."""
 

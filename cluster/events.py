@@ -77,6 +77,10 @@ class EventLog:
         self._writer.start()
 
     @property
+    def attempt(self) -> int:
+        return self._attempt
+
+    @property
     def dropped(self) -> int:
         """Events that are lost: too many waited, they came after close(), or close() could not write them."""
         return self._dropped + (len(self._lines) if self._ended else 0)
@@ -206,13 +210,28 @@ def read_events(store: ObjectStore) -> list[dict[str, Any]]:
 
 def claim_attempt(store: ObjectStore) -> int:
     """Take the next free attempt number of the run, from 1. Of racing callers each gets another number."""
-    claim = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+    claim = {
+        "time": time.time(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "parent": os.getppid(),
+    }
     data = json.dumps(claim).encode()
-    taken = [int(match[1]) for info in store.list("attempts/") if (match := _ATTEMPT.fullmatch(info.key))]
-    number = max(taken, default=0) + 1
+    number = newest_attempt(store) + 1
     while not store.put_if_absent(f"attempts/attempt-{number:04d}.json", data):
         number += 1
     return number
+
+
+def newest_attempt(store: ObjectStore) -> int:
+    """The highest number that was claimed; 0 when none was."""
+    keys = (_ATTEMPT.fullmatch(info.key) for info in store.list("attempts/"))
+    return max((int(match[1]) for match in keys if match), default=0)
+
+
+def read_claim(store: ObjectStore, attempt: int) -> dict[str, Any]:
+    """Who claimed it: time, host, pid, parent (the process that started it)."""
+    return json.loads(store.get(f"attempts/attempt-{attempt:04d}.json"))
 
 
 def _get(store: ObjectStore, key: str) -> bytes:

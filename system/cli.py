@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from cluster.errors import ConfigError, MaskClipError, exit_code_of
-from system import commands, dataset_commands
+from system import checkpoint_commands, commands, dataset_commands
 
 Handler = Callable[[argparse.Namespace], Any]
 
@@ -89,8 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
     checkpoint = groups.add_parser("checkpoint", help="checkpoints of a run").add_subparsers(
         dest="action", required=True, metavar="ACTION", parser_class=_Parser
     )
-    command(checkpoint, "list", commands.checkpoint_list, "committed checkpoints of a run", [run])
-    command(checkpoint, "verify", commands.checkpoint_verify, "compare every file with its manifest", [run])
+    for action, handler in checkpoint_commands.HANDLERS.items():
+        command(checkpoint, action, handler, checkpoint_commands.SUMMARIES[action], [run])
     dataset = groups.add_parser("dataset", help="committed data sets").add_subparsers(
         dest="action", required=True, metavar="ACTION", parser_class=_Parser
     )

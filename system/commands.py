@@ -1,5 +1,6 @@
 """What the commands do: each takes the parsed arguments and returns a `Result`, or raises an error of
-cluster.errors. Those of data sets are in `dataset_commands`.
+cluster.errors. Those of checkpoints and data sets are in `checkpoint_commands` and
+`dataset_commands`.
 
 Every command imports what it needs when it runs: `maskclip --help` or `config` shall not wait for torch.
 """
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from cluster.errors import CheckpointIncompatible, ConfigError, DataError
+from cluster.errors import ConfigError, DataError
 from cluster.store import open_store
 from system.console import progress_bar
 
@@ -216,38 +217,6 @@ def demo(args: Args) -> Result:
 
     data = run_demo(Path(args.folder))
     return Result(data, Rows("demo", ("what", "value"), list(data.items())).table())
-
-
-def checkpoint_list(args: Args) -> Result:
-    from system.checkpoint import committed_steps, load_checkpoint_meta
-
-    knobs(args, NoKnobs)
-    run = open_store(args.run)
-    metas = [load_checkpoint_meta(run, step) for step in committed_steps(run)]
-    data = [
-        {"step": m.step, "slot": m.slot, "digest": m.digest, "state_digest": m.meta["state_digest"]}
-        for m in metas
-    ]
-    rows = [(m.step, m.slot, m.digest[:12], m.meta["state_digest"]) for m in metas]
-    return Result(
-        data, Rows(f"checkpoints of {args.run}", ("step", "slot", "manifest", "state"), rows).table()
-    )
-
-
-def checkpoint_verify(args: Args) -> Result:
-    from cluster.manifest import verify
-    from system.checkpoint import committed_steps, open_checkpoint
-
-    knobs(args, NoKnobs)
-    run = open_store(args.run)
-    steps = committed_steps(run)
-    problems = {step: verify(*open_checkpoint(run, step)) for step in steps}
-    return verdict(
-        {f"step {step}": found for step, found in problems.items()},
-        args.run,
-        "checkpoint",
-        CheckpointIncompatible.exit_code,
-    )
 
 
 def verdict(problems: dict[str, list[str]], where: str, what: str, bad: int) -> Result:

@@ -20,6 +20,7 @@ from cluster.store import StoreConfig
 from data_pipeline.loader import LoaderConfig
 from data_pipeline.mixing import MixPart
 from model.config import ModelConfig, resolve
+from system.checkpoint_config import CheckpointConfig
 from system.evaluation_config import EvaluationConfig
 
 # Keys that may differ between the attempts of one run; everything else is the run's identity.
@@ -152,16 +153,6 @@ class EngineConfig:
     """Compile each transformer block with torch.compile; the first steps take minutes longer."""
     max_refused_steps: int = 3
     """Refused steps in a row before the attempt ends with the NonFinite exit code."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    every_steps: int = 1000
-    """A checkpoint is committed after every so many steps, at the end and when the run is asked to stop."""
-
-    def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ValueError("every_steps is at least 1; raise checkpoint.every_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
