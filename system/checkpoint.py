@@ -6,20 +6,21 @@ the parameter from element `start`; kinds are master, exp_avg, exp_avg_sq and te
 how many ranks wrote it, or DeepSpeed.
 """
 
+import hashlib
 import json
 import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
-from cluster.errors import CheckpointIncompatible, DataError, ObjectNotFound
-from cluster.manifest import Manifest
-from cluster.manifest import load as load_manifest
+from cluster.errors import CheckpointIncompatible, DataError, ManifestMismatch, ObjectNotFound
+from cluster.manifest import MANIFEST, Manifest
+from cluster.manifest import load_with_bytes
 from cluster.store import ObjectStore
 
 KIND = "checkpoint"
@@ -69,15 +70,33 @@ def committed_steps(run: ObjectStore) -> list[int]:
 
 
 def open_checkpoint(run: ObjectStore, step: int) -> tuple[ObjectStore, Manifest]:
-    """Raises ObjectNotFound when step has no committed checkpoint, naming those that are there."""
+    """Raises ObjectNotFound when step has no committed checkpoint, naming those that are there, and
+    ManifestMismatch when its manifest is damaged."""
     store = run.child(f"checkpoints/{step_folder(step)}")
     try:
-        return store, load_manifest(store, KIND, VERSION)
+        manifest, data = load_with_bytes(store, KIND, VERSION)
     except ObjectNotFound:
         steps = ", ".join(str(s) for s in committed_steps(run)[-5:]) or "none"
         raise ObjectNotFound(
             f"{run.uri}: no committed checkpoint at step {step}; committed steps: {steps}"
         ) from None
+    if not _seal_holds(manifest, data):
+        raise ManifestMismatch(f"{store.uri}/{MANIFEST}: is damaged, it is not what its seal says")
+    return store, manifest
+
+
+def sealed(manifest: Manifest) -> Manifest:
+    """With the SHA-256 of its own bytes in it, so that no flipped bit of it goes unseen."""
+    blank = replace(manifest, meta={**manifest.meta, "seal": ""})
+    return replace(manifest, meta={**manifest.meta, "seal": blank.digest})
+
+
+def _seal_holds(manifest: Manifest, data: bytes) -> bool:
+    seal = manifest.meta.get("seal")
+    if seal is None:
+        return manifest.version < 2
+    blank = data.replace(f'"seal":"{seal}"'.encode(), b'"seal":""')
+    return hashlib.sha256(blank).hexdigest() == seal
 
 
 def load_checkpoint_meta(run: ObjectStore, step: int) -> CheckpointMeta:

@@ -15,7 +15,7 @@ from cluster.errors import MaskClipError, StorageUnavailable, Superseded
 from cluster.events import EventLog, newest_attempt
 from cluster.manifest import MANIFEST, Manifest, commit, verify
 from cluster.store import ObjectStore
-from system.checkpoint import KIND, VERSION, step_folder
+from system.checkpoint import KIND, VERSION, sealed, step_folder
 from system.checkpoint_config import CheckpointConfig
 from system.checkpoint_parts import Part, collect_parts, file_name, put_part
 from system.local_tier import LocalTier
@@ -144,7 +144,7 @@ class SaveJob:
         be lost for good. A store that is too slow for them does not hold the checkpoint up."""
         digest = add(int(part.digest_sum, 16) for part in parts)
         meta = {**self.meta, "step": self.step, "state_digest": digest, "attempt": self._attempt}
-        manifest = Manifest(KIND, VERSION, tuple(part.entry for part in parts), meta)
+        manifest = sealed(Manifest(KIND, VERSION, tuple(part.entry for part in parts), meta))
         self.bytes = sum(part.size for part in parts)
         check_not_superseded(self.place.run, self._attempt)
         self.place.events.flush()

@@ -208,8 +208,9 @@ class Checkpointer:
         if known is None:
             return None
         facts = compare(known, loss, self._topology)
-        self._events.instant("first_loss", step=step, **facts)
-        if not facts["off"]:
+        off = facts.pop("off")
+        self._events.instant("first_loss_off" if off else "first_loss", step=step, **facts)
+        if not off:
             return None
         return f"loss {loss} of step {step} is not the {known.loss} that attempt {known.attempt} had there"
 

@@ -2,129 +2,136 @@
 run that goes on is the run that nothing happened to."""
 
 import json
-import shutil
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from cluster.errors import Hang, Superseded
 from cluster.events import claim_attempt, read_events
-from cluster.manifest import verify
 from cluster.store import open_store
-from system.checkpoint import committed_steps, open_checkpoint
+from system.checkpoint import committed_steps
 from tests.integration.test_resume import assert_same_run
-from tests.support.runs import instants, maskclip, train, train_until_killed, write_recipe
+from tests.support import save_rig
+from tests.support.runs import instants
 
-BACKGROUND = "checkpoint.background=true"
+KILLED = -9
+
+
+def rig(run: Path, *attempts: str, **config: object) -> list[dict]:
+    """Attempts of one run, 12 steps, a save every 4; see `save_rig`."""
+    settings = {"every_steps": 4, **config}
+    argv = [sys.executable, save_rig.__file__, str(run), json.dumps(settings), *attempts]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"codes"')]
+
+
+def meanwhile(ready: Callable[[], bool], work: Callable[[], object]) -> threading.Thread:
+    """Do something as soon as the run is so far."""
+
+    def wait() -> None:
+        give_up = time.monotonic() + 120
+        while not ready() and time.monotonic() < give_up:
+            time.sleep(0.02)
+        work()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, train_data: str) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Saves are waited for in it, none runs beside a step."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    train(write_recipe(folder), folder / "run", train_data)
-    return folder / "run"
+    run = tmp_path_factory.mktemp("undisturbed")
+    (done,) = rig(run, "whole", background=False)
+    assert done == {"codes": [0, 0], "committed": [4, 8, 12], "problems": []}
+    return run
 
 
-def assert_all_verify(run: Path) -> None:
-    store = open_store(str(run))
-    for step in committed_steps(store):
-        assert verify(*open_checkpoint(store, step)) == []
+KILLS = (
+    *("before-snapshot:4:0", "after-snapshot:4:1", "upload:4:1", "after-part:4:0", "after-part:4:1"),
+    *("commit:4:0", "after-commit:4:0", "restore:4:1", "step:6:0", "upload:8:0", "commit:8:0"),
+    *("prune:4:0", "restore:8:0", "upload:12:1", "after-commit:12:0"),
+)
 
 
-SNAPSHOT = [("before-snapshot", 4, 0), ("after-snapshot", 4, 1), ("upload", 4, 1), ("after-part", 4, 0)]
-COMMIT = [("commit", 4, 0), ("after-commit", 4, 0), ("restore", 4, 1), ("prune", 4, 0), ("upload", 12, 0)]
-
-
-@pytest.mark.parametrize("kills", [SNAPSHOT, COMMIT], ids=["snapshot", "commit"])
-def test_killed_at_every_point_of_a_save(tmp_path, train_data, undisturbed, kills):
+def test_killed_at_every_point_of_a_save(tmp_path, undisturbed):
     """One run that is killed again and again, and still ends as if it had never been."""
-    recipe, run = write_recipe(tmp_path), tmp_path / "run"
-    for point, step, rank in kills:
-        before = committed_steps(open_store(str(run)))
-        keep = "checkpoint.keep_last=1"
-        train_until_killed(recipe, run, train_data, BACKGROUND, keep, point=point, step=step, rank=rank)
-        assert_all_verify(run)
-        after = committed_steps(open_store(str(run)))
-        assert not before or max(after) >= max(before)
-    train(recipe, run, train_data, BACKGROUND, "checkpoint.keep_last=2")
-    assert_same_run(run, undisturbed, after=4, last=12)
-    store, attempt = open_store(str(run)), len(kills) + 1
-    names = {info.key.rpartition("/")[2] for info in store.child("checkpoints").list("step-000000012")}
-    assert names == {
-        "manifest.json",
-        *(f"rank-{rank:05d}.attempt-{attempt:04d}.safetensors" for rank in range(2)),
-        *(f"{attempt:04d}-rank-{rank:05d}.json" for rank in range(2)),
-    }
-    # What the killed attempts left behind is gone as well.
+    *killed, last = rig(tmp_path, *KILLS, "whole", keep_last=1, pause=0.02)
+    newest = 0
+    for kill, found in zip(KILLS, killed, strict=True):
+        victim = int(kill[-1])
+        assert found["codes"][victim] == KILLED, kill
+        assert found["codes"][1 - victim] in (Hang.exit_code, 70, 0), kill
+        assert found["problems"] == [], kill
+        assert max(found["committed"], default=0) >= newest, kill
+        newest = max(found["committed"], default=0)
+    assert (last["codes"], last["problems"]) == ([0, 0], [])
+    assert_same_run(tmp_path, undisturbed, after=0, last=12)
+    # What the killed attempts left behind is gone but for what nothing was committed after.
+    store = open_store(str(tmp_path))
     folders = {info.key.split("/")[0] for info in store.child("checkpoints").list()}
-    assert folders == {f"step-{step:09d}" for step in committed_steps(store)}
-    compared = instants(run, "first_loss")
-    assert not [event for event in compared if event["off"] or not event["same_topology"]]
+    assert committed_steps(store)[-1] == 12
+    assert folders <= {"step-000000008", "step-000000012"}
+    compared = [event for event in read_events(store) if event["name"] == "first_loss"]
+    assert len(compared) > 5
+    assert all(event["same_topology"] and event["difference"] == 0 for event in compared)
+    assert instants(tmp_path, "first_loss_off") == []
 
 
-def test_a_store_that_fails_for_a_while_stops_nothing(tmp_path, train_data, undisturbed):
-    """The folder of the checkpoints is a file until a save has failed."""
-    recipe, run = write_recipe(tmp_path), tmp_path / "run"
-    run.mkdir()
-    (run / "checkpoints").write_text("in the way")
-
-    def repair() -> None:
-        give_up = time.monotonic() + 120
-        while time.monotonic() < give_up:
-            if instants(run, "checkpoint_failed"):
-                (run / "checkpoints").unlink()
-                return
-            time.sleep(0.05)
-
-    watcher = threading.Thread(target=repair)
-    watcher.start()
-    train(recipe, run, train_data, BACKGROUND, "run.event_seconds=0.05", "checkpoint.every_steps=2")
-    watcher.join()
-    failed = instants(run, "checkpoint_failed")
-    assert failed
+def test_a_store_that_fails_for_a_while_stops_nothing(tmp_path, undisturbed):
+    """A file lies where the checkpoints' folder should be, until a save has failed."""
+    blocked = tmp_path / "checkpoints"
+    blocked.write_text("in the way")
+    repaired = meanwhile(lambda: bool(instants(tmp_path, "checkpoint_failed")), blocked.unlink)
+    (found,) = rig(tmp_path, "whole", every_steps=2, pause=0.2)
+    repaired.join()
+    assert found["codes"] == [0, 0]
+    assert found["committed"][-1] == 12
+    failed = instants(tmp_path, "checkpoint_failed")
     assert "checkpoints" in failed[0]["reason"]
-    assert committed_steps(open_store(str(run)))[-1] == 12
-    assert_same_run(run, undisturbed, after=0, last=12)
+    assert_same_run(tmp_path, undisturbed, after=0, last=12)
+    assert all(event["stall_seconds"] >= 0 for event in instants(tmp_path, "checkpoint_committed"))
 
 
-def test_an_older_attempt_cannot_commit(tmp_path, train_data):
+def test_one_rank_that_cannot_write_ends_the_save_for_all(tmp_path, undisturbed):
+    """The first rank does not wait for its deadline: the next step's all-reduce tells it."""
+    folder = tmp_path / "checkpoints/step-000000004"
+    folder.mkdir(parents=True)
+    (folder / "rank-00001.attempt-0001.safetensors").mkdir()
+    (found,) = rig(tmp_path, "whole", pause=0.2)
+    assert (found["codes"], found["committed"]) == ([0, 0], [8, 12])
+    reasons = [
+        e["reason"] for e in read_events(open_store(str(tmp_path))) if e["name"] == "checkpoint_failed"
+    ]
+    assert any("another rank could not write its part" in reason for reason in reasons)
+    assert any("rank 1:" in reason for reason in reasons)
+    assert_same_run(tmp_path, undisturbed, after=0, last=12)
+
+
+def test_an_older_attempt_ends_without_another_commit(tmp_path):
     """A newer attempt is claimed while the older one still trains."""
-    recipe, run = write_recipe(tmp_path), tmp_path / "run"
-
-    def claim() -> None:
-        give_up = time.monotonic() + 120
-        while not committed_steps(open_store(str(run))) and time.monotonic() < give_up:
-            time.sleep(0.05)
-        claim_attempt(open_store(str(run)))
-
-    watcher = threading.Thread(target=claim)
-    watcher.start()
-    words = ("train", recipe, f"run.uri={run}", f"data.uri={train_data}", "run.steps=400", BACKGROUND)
-    done = maskclip(*words)
-    watcher.join()
-    assert done.returncode == 64, done.stderr[-2000:]
-    lines = [line for line in done.stderr.splitlines() if "attempt 2 of this run has begun" in line]
-    assert len(lines) == 1
-    store = open_store(str(run))
-    claimed = json.loads(store.get("attempts/attempt-0002.json"))["time"]
-    late = [e for e in read_events(store) if e["name"] == "checkpoint_committed" and e["t"] > claimed + 5]
-    assert late == []
+    run = open_store(str(tmp_path))
+    claimed = meanwhile(lambda: bool(committed_steps(run)), lambda: claim_attempt(run))
+    (found,) = rig(tmp_path, "whole", every_steps=2, pause=0.3)
+    claimed.join()
+    assert found["codes"] == [Superseded.exit_code] * 2
+    assert found["problems"] == []
+    assert 12 not in found["committed"]
 
 
-def test_a_restart_on_the_node_reads_its_own_disk(tmp_path, train_data, undisturbed):
-    recipe, run, local = write_recipe(tmp_path), tmp_path / "run", tmp_path / "local"
-    knobs = (f"checkpoint.local={local}", "checkpoint.local_keep=1")
-    train_until_killed(recipe, run, train_data, *knobs, point="step", step=6)
-    (copy,) = local.rglob("rank-00001*")
-    copy.write_bytes(copy.read_bytes()[:-1])  # no copy of the committed file any more
-    train(recipe, run, train_data, *knobs)
-    restored = {e["rank"]: e for e in read_events(open_store(str(run))) if e["name"] == "checkpoint_restored"}
-    assert restored[0]["step"] == restored[1]["step"] == 4
-    assert restored[0]["store_bytes"] == 0 < restored[0]["local_bytes"]
-    assert restored[1]["local_bytes"] == 0 < restored[1]["store_bytes"]
-    assert_same_run(run, undisturbed, after=4, last=12)
-    assert {path.parent.name for path in local.rglob("rank-*")} == {"step-000000012"}
-    shutil.rmtree(local)
-    train(recipe, run, train_data, *knobs)  # finished: restores from the store, and is left as it is
+def test_a_save_that_is_due_while_one_is_in_flight_is_skipped_and_counted(tmp_path, undisturbed):
+    (found,) = rig(tmp_path, "whole", every_steps=1)
+    skipped = instants(tmp_path, "checkpoint_skipped")
+    assert [event["skipped"] for event in skipped] == list(range(1, len(skipped) + 1))
+    assert skipped
+    steps = {event["step"] for event in skipped}
+    assert steps.isdisjoint(found["committed"])
+    assert steps | set(found["committed"]) == set(range(1, 13))
+    assert_same_run(tmp_path, undisturbed, after=0, last=12)
