@@ -104,7 +104,7 @@ def turn(job: Job, call: Callable[[], Callable[[], bool]], folder: Path) -> dict
 
 
 def measure(name: str, batch: int, rounds: int, where: Path) -> dict[str, Any]:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import async_save
 
     run = where / "run"
@@ -121,7 +121,7 @@ def measure(name: str, batch: int, rounds: int, where: Path) -> dict[str, Any]:
 
         def save_dcp() -> Callable[[], bool]:
             state = ours._state.saved_tensors()
-            writer = dcp.FileSystemWriter(str(places["dcp"]))
+            writer = FileSystemWriter(str(places["dcp"]))
             future: Any = async_save(state, storage_writer=writer, no_dist=True)
             return future.done
 

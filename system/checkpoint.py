@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from cluster.errors import CheckpointIncompatible, DataError, ManifestMismatch, ObjectNotFound
-from cluster.manifest import MANIFEST, Manifest
-from cluster.manifest import load_with_bytes
+from cluster.manifest import MANIFEST, Manifest, load_with_bytes
 from cluster.store import ObjectStore
 
 KIND = "checkpoint"

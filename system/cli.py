@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from cluster.errors import ConfigError, MaskClipError, exit_code_of
-from system import checkpoint_commands, commands, dataset_commands
+from system import checkpoint_commands, checkpoint_upkeep, commands, dataset_commands
 
 Handler = Callable[[argparse.Namespace], Any]
 
@@ -89,8 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
     checkpoint = groups.add_parser("checkpoint", help="checkpoints of a run").add_subparsers(
         dest="action", required=True, metavar="ACTION", parser_class=_Parser
     )
-    for action, handler in checkpoint_commands.HANDLERS.items():
-        command(checkpoint, action, handler, checkpoint_commands.SUMMARIES[action], [run])
+    for action in (*checkpoint_commands.ACTIONS, *checkpoint_upkeep.ACTIONS):
+        command(checkpoint, action.name, action.handler, action.summary, [run])
     dataset = groups.add_parser("dataset", help="committed data sets").add_subparsers(
         dest="action", required=True, metavar="ACTION", parser_class=_Parser
     )
