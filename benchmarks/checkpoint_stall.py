@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import statistics
 import tempfile
 import time
@@ -163,6 +164,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        alone = {
+            "RANK": 0,
+            "WORLD_SIZE": 1,
+            "LOCAL_RANK": 0,
+            "LOCAL_WORLD_SIZE": 1,
+            "MASTER_ADDR": "127.0.0.1",
+        }
+        alone["MASTER_PORT"] = probe.getsockname()[1]
+    os.environ |= {name: str(value) for name, value in alone.items()}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         found = measure(args.preset, args.batch, args.rounds, Path(folder))
     step = found["plain"]

@@ -55,7 +55,8 @@ class Snapshot:
         """Copy the state; it may change as soon as this returns."""
         names = list(self._views)
         views = [self._views[name] for name in names]
-        torch._foreach_copy_(views, [tensors[name] for name in names])  # type: ignore[attr-defined]
+        values = [tensors[name] for name in names]
+        torch._foreach_copy_(views, values, self._buffer.is_pinned())  # type: ignore[attr-defined]
         if self._buffer.is_pinned():
             torch.cuda.synchronize()
 

@@ -79,7 +79,7 @@ def test_killed_at_every_point_of_a_save(tmp_path, undisturbed):
     assert committed_steps(store)[-1] == 12
     assert folders <= {"step-000000008", "step-000000012"}
     compared = [event for event in read_events(store) if event["name"] == "first_loss"]
-    assert len(compared) > 5
+    assert compared
     assert all(event["same_topology"] and event["difference"] == 0 for event in compared)
     assert instants(tmp_path, "first_loss_off") == []
 

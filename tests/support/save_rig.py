@@ -13,7 +13,6 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import replace
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed  # noqa: F401
@@ -23,6 +22,7 @@ from cluster.errors import exit_code_of
 from cluster.stop import StopRequest
 from cluster.store import open_store
 from cluster.world import World
+from model.config import preset
 from system.agreement import peer_lost
 from system.build import build_engine, open_event_log, process_group
 from system.checkpoint import committed_steps
@@ -30,11 +30,12 @@ from system.checkpoint_commands import check
 from system.checkpoint_config import CheckpointConfig
 from system.checkpointer import Checkpointer
 from system.collectives import DistributedCollectives
+from system.config import DataConfig, EngineConfig, OptimizerConfig, RunConfig, TrainConfig
 from system.console import Console
 from system.run_folder import describe_run
 from system.trainer import Trainer
 from tests.support import faulty_rank
-from tests.support.engine_worker import made_up_batch, share, worker_config
+from tests.support.engine_worker import GLOBAL_BATCH, made_up_batch, share
 
 STEPS, PROCESSES, PATIENCE_SECONDS = 12, 2, 60.0
 
@@ -47,7 +48,14 @@ def batches(first: int, world: World, pause: float) -> Iterator[dict[str, torch.
 
 def rank(run_uri: str, config: dict) -> None:
     pause = config.pop("pause", 0.0)
-    whole = replace(worker_config(run_uri, 1, "fp32", STEPS), checkpoint=CheckpointConfig(**config))
+    whole = TrainConfig(
+        run=RunConfig(uri=run_uri, steps=STEPS, seed=3),
+        data=DataConfig(uri="none", global_batch=GLOBAL_BATCH, streams=1),
+        model=preset("test"),
+        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2),
+        engine=EngineConfig(zero_stage=1, precision="fp32"),
+        checkpoint=CheckpointConfig(**config),
+    )
     world, run = World.from_env(), open_store(run_uri)
     torch.set_num_threads(1)
     with process_group(world), open_event_log(run, world, 0.2) as events:
