@@ -131,6 +131,6 @@ def test_a_save_that_is_due_while_one_is_in_flight_is_skipped_and_counted(tmp_pa
     assert [event["skipped"] for event in skipped] == list(range(1, len(skipped) + 1))
     assert skipped
     steps = {event["step"] for event in skipped}
-    assert steps.isdisjoint(found["committed"])
+    assert (steps - {12}).isdisjoint(found["committed"])  # the last step is saved at the end
     assert steps | set(found["committed"]) == set(range(1, 13))
     assert_same_run(tmp_path, undisturbed, after=0, last=12)
