@@ -22,7 +22,7 @@ from tests.support.runs import instants
 KILLED = -9
 
 
-def rig(run: Path, *attempts: str, **config: object) -> list[dict]:
+def rig(run: Path | str, *attempts: str, **config: object) -> list[dict]:
     """Attempts of one run, 12 steps, a save every 4; see `save_rig`."""
     settings = {"every_steps": 4, **config}
     argv = [sys.executable, save_rig.__file__, str(run), json.dumps(settings), *attempts]
@@ -134,3 +134,17 @@ def test_a_save_that_is_due_while_one_is_in_flight_is_skipped_and_counted(tmp_pa
     assert (steps - {12}).isdisjoint(found["committed"])  # the last step is saved at the end
     assert steps | set(found["committed"]) == set(range(1, 13))
     assert_same_run(tmp_path, undisturbed, after=0, last=12)
+
+
+def test_killed_in_an_upload_to_s3(tmp_path, s3_env, undisturbed):
+    """With a copy on the node's own disk, from which the last attempt goes on."""
+    run = f"{s3_env}/run"
+    kills = ("upload:4:1", "commit:4:0", "step:6:1")
+    *killed, last = rig(run, *kills, "whole", local=str(tmp_path), pause=0.1)
+    assert [found["codes"][int(kill[-1])] for kill, found in zip(kills, killed, strict=True)] == [KILLED] * 3
+    assert [found["problems"] for found in (*killed, last)] == [[]] * 4
+    assert last["codes"] == [0, 0]
+    assert_same_run(run, undisturbed, after=4, last=12)  # type: ignore[arg-type]
+    restored = [e for e in read_events(open_store(run)) if e["name"] == "checkpoint_restored"]
+    assert {event["step"] for event in restored} == {4}
+    assert {event["store_bytes"] for event in restored} == {0}
