@@ -18,6 +18,7 @@ from pathlib import Path
 from benchmarks.common import BUILD, Comparison, Snippet, alternate, arguments, peer_python, report
 from benchmarks.images import synthetic_jpeg
 from data_pipeline.records import Sample, sample_id
+from data_pipeline.row_checksum import rows_are_whole
 from data_pipeline.shard_reader import ShardReader
 from data_pipeline.shard_writer import write_shard
 
@@ -135,7 +136,8 @@ def prepared(folder: Path) -> dict[str, Path]:
         "index": folder / "shard-index.arrow",
         "arrow": folder / "shard.arrow",
     }
-    if not all(path.exists() for path in paths.values()):
+    made = all(path.exists() for path in paths.values()) and rows_are_whole(paths["arrow"], SAMPLES)
+    if not made:
         folder.mkdir(parents=True, exist_ok=True)
         write_shard(samples(), paths["tar"], paths["index"], "tar")
         write_shard(samples(), paths["arrow"], paths["arrow"], "arrow")

@@ -1,9 +1,10 @@
 """What does it cost to go on in the middle? Time to the first sample at sample k of a shard of 4,000, and
 the time, memory and state of finding the first batch among a billion samples.
 
-Ours opens the shard, checks its index and reads the sample; webdataset can only skip. For the billion
-(250,000 shards of about 4,096, which exist only as numbers) ours builds its order and locates the batches
-of rank 0 of 8; Streaming builds the epoch's list of samples, here at a hundredth of the size. Wall times.
+Ours opens the shard, proves its rows (by the index's sha256, in format arrow by their checksum) and reads the
+sample; webdataset can only skip. For the billion (250,000 shards of about 4,096, which exist only as numbers)
+ours builds its order and locates the batches of rank 0 of 8; Streaming builds the epoch's list of samples, at
+a hundredth of the size. Wall times, ours the best of some in each turn: the machine may be shared.
 
     python -m benchmarks.loader_resume [--rounds 5] [--json FILE]
 """
@@ -24,14 +25,19 @@ POINTS = [0, 1, 500, 1000, 2000, 3000, 3900, 3999]
 MOST_MS, MOST_BILLION_MS, MOST_MB, MOST_STATE = 5.0, 10.0, 16.0, 1024
 
 OURS = """
-import hashlib, time
+import random, time
 from pathlib import Path
+from cluster.manifest import sha256_file
+from data_pipeline.row_checksum import rows_are_whole
 from data_pipeline.shard_reader import ShardReader
 def once(k):
     start = time.perf_counter()
     index = Path(ARGS["index"])
-    with index.open("rb") as file:
-        hashlib.file_digest(file, "sha256")  # as the reader of a data set does when it first opens a shard
+    # What the reader of a data set does when it first opens a shard.
+    if ARGS["path"] == ARGS["index"]:
+        assert rows_are_whole(index, ARGS["each"])
+    else:
+        sha256_file(index)
     reader = ShardReader(Path(ARGS["path"]), index)
     assert reader.sample(k).key == f"{k:08d}"
     seconds = time.perf_counter() - start
@@ -39,7 +45,10 @@ def once(k):
     return seconds
 once(0)
 def run():
-    NOTE["ms"] = [1e3 * min(once(k) for _ in range(3)) for k in ARGS["points"]]
+    # In another order each time: the first one finds cold caches.
+    points = random.sample(ARGS["points"], len(ARGS["points"]))
+    times = {k: 1e3 * min(once(k) for _ in range(3)) for k in points}
+    NOTE["ms"] = [times[k] for k in ARGS["points"]]
     return len(ARGS["points"])
 NOTE = {}
 """
@@ -69,18 +78,22 @@ places = np.arange(batch // 8)
 # The code is warm and the memory of a first order is there, as in a process that has made batches.
 SampleOrder(np.full(1000, 4096), OrderConfig(streams=64, window_shards=16), batch).locate_places(5, places)
 sizes = np.random.default_rng(0).integers(4032, 4161, ARGS["samples"] // 4096)
-def run():
-    before, top, start = rss(), peak(), time.perf_counter()
-    cpu = time.process_time()
+def once():
+    cpu, wall = time.process_time(), time.perf_counter()
     order = SampleOrder(sizes, OrderConfig(streams=64, window_shards=16), batch)
     step = int(steps * np.random.default_rng().random())
-    slots, located = order.slots(step, places), order.locate_places(step, places)
-    NOTE["ms"] = 1e3 * (time.perf_counter() - start)
-    NOTE["cpu_ms"] = 1e3 * (time.process_time() - cpu)
-    NOTE["mb"] = max(rss() - before, peak() - top)
+    order.slots(step, places), order.locate_places(step, places)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     state = {"slot": step * batch, "manifest": "0" * 64, "seed": 0, "config": "0" * 64}
     NOTE["state"] = len(json.dumps(state))
-    return len(slots)
+    return 1e3 * wall, 1e3 * cpu
+def run():
+    before, top = rss(), peak()
+    found = [once()]
+    NOTE["mb"] = max(NOTE.get("mb", 0.0), rss() - before, peak() - top)  # later turns find it allocated
+    found += [once() for _ in range(9)]
+    NOTE["ms"], NOTE["cpu_ms"] = (min(column) for column in zip(*found))
+    return len(found)
 NOTE = {}
 """
 
@@ -112,9 +125,11 @@ def slope(points: list[int], times: list[float]) -> float:
 def main() -> None:
     args = arguments(__doc__ or "").parse_args()
     paths = prepared(BUILD / "raw")
-    given = {"path": str(paths["tar"]), "index": str(paths["index"]), "points": POINTS, "samples": SAMPLES}
+    given = {"path": str(paths["tar"]), "index": str(paths["index"]), "points": POINTS, "each": SAMPLES}
+    arrow = given | {"path": str(paths["arrow"]), "index": str(paths["arrow"])}
     sides = [
-        Snippet("ours", OURS, given),
+        Snippet("ours, tar", OURS, given),
+        Snippet("ours, arrow", OURS, arrow),
         Snippet("webdataset", SKIP, given, peer_python("webdataset", WEBDATASET)),
         Snippet("ours, 1e9 samples", BILLION, {"samples": 1_024_000_000}),
         Snippet(
@@ -127,19 +142,18 @@ def main() -> None:
     columns = list(zip(*turns, strict=True))
     table = Table("side", *(f"k={k}" for k in POINTS), "slope, ms per 1000", title="ms to the first sample")
     results = {}
-    for side, notes in zip(sides[:2], columns[:2], strict=True):
+    for side, notes in zip(sides[:3], columns[:3], strict=True):
         times = [
             statistics.median(turn[k] for turn in (note["ms"] for note in notes)) for k in range(len(POINTS))
         ]
         results[side.name] = {"ms": times, "slope": slope(POINTS, times)}
         table.add_row(side.name, *(f"{t:.2f}" for t in times), f"{results[side.name]['slope']:.4f}")
-    ours = results["ours"]
-    good = max(ours["ms"]) <= MOST_MS and abs(ours["slope"]) < 0.01 * MOST_MS
-    console = Console()
+    ours = [results[side.name] for side in sides[:2]]
+    good = all(max(o["ms"]) <= MOST_MS and abs(o["slope"]) < 0.01 * MOST_MS for o in ours)
+    console = Console(width=120)
     console.print(table, f"at most {MOST_MS:g} ms, no slope: {'met' if good else 'MISSED'}")
     many = Table("side", "ms", "MB", "state, bytes", title="the first batch of a resumed run")
-    for side, notes in zip(sides[2:], columns[2:], strict=True):
-        # Memory is that of the first turn in a process; later ones find it allocated.
+    for side, notes in zip(sides[3:], columns[3:], strict=True):
         value = {name: statistics.median(note[name] for note in notes) for name in notes[0]}
         value["mb"] = max(note["mb"] for note in notes)
         results[side.name] = value

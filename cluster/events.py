@@ -241,6 +241,11 @@ def _get(store: ObjectStore, key: str) -> bytes:
         return b""
 
 
+def decode_events(data: bytes) -> list[dict[str, Any]]:
+    """The events of one segment, in the order of their lines; torn lines are left out."""
+    return [event for line in data.splitlines() if (event := _decode(line)) is not None]
+
+
 def _decode(line: bytes) -> dict[str, Any] | None:
     try:
         event = json.loads(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import tempfile
 from abc import ABC, abstractmethod
@@ -36,8 +37,12 @@ class StoreConfig:
     """Scale of the random delay between attempts; it doubles each time."""
 
     def __post_init__(self) -> None:
-        if self.deadline_seconds <= 0 or self.backoff_seconds < 0 or self.attempts < 1:
-            raise ValueError("store: needs deadline_seconds > 0, backoff_seconds >= 0 and attempts >= 1")
+        if not 0 < self.deadline_seconds < math.inf:
+            raise ValueError(f"{self.deadline_seconds} is no deadline: set store.deadline_seconds above 0")
+        if self.attempts < 1:
+            raise ValueError(f"attempts is {self.attempts}: set store.attempts to 1 or more")
+        if not 0 <= self.backoff_seconds < math.inf:
+            raise ValueError(f"{self.backoff_seconds} is no delay: set store.backoff_seconds to 0 or more")
 
 
 class ObjectInfo(NamedTuple):

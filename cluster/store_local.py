@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from cluster.errors import DataError
 from cluster.store_base import (
     TEMPORARY,
     Fault,
@@ -139,12 +140,20 @@ class LocalStore(ObjectStore):
                     found.append(ObjectInfo(key, path.stat().st_size))
                 except FileNotFoundError:
                     continue  # deleted since the folder was read
+                except OSError as exc:
+                    if exc.errno != errno.ELOOP:
+                        raise
+                    raise DataError(
+                        f"{path}: is a symbolic link that leads back to itself; remove it or correct it"
+                    ) from None
         return found
 
     def _fault(self, exc: BaseException) -> Fault | None:
         if isinstance(exc, FileNotFoundError | IsADirectoryError | NotADirectoryError):
             return Fault.MISSING
         if isinstance(exc, OSError):
+            if exc.errno == errno.ELOOP:
+                return Fault.MISSING
             return Fault.TRANSIENT if exc.errno in _TRANSIENT else Fault.FATAL
         return None
 

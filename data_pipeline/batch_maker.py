@@ -5,8 +5,7 @@ b slots of the rank in one batch, H, W height and width of a view, L tokens of a
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -18,7 +17,8 @@ from cluster.store import open_store
 from data_pipeline.augment import AugmentConfig, crop_boxes, view
 from data_pipeline.catalog import DatasetManifest
 from data_pipeline.dataset_reader import DatasetReader
-from data_pipeline.decode import UndecodableImage
+from data_pipeline.decode import PixelMemory, UndecodableImage
+from data_pipeline.loader_config import LoaderConfig
 from data_pipeline.mixing import MixedOrder, MixPart, keyed_ids
 from data_pipeline.order import OrderConfig
 from data_pipeline.prefetch import Ahead, Prefetcher
@@ -34,35 +34,6 @@ Batch = dict[str, torch.Tensor]
 """image uint8 [b,3,H,W] (channels-last in memory), tokens int64 [b,L], id int64 [b], epoch int64 [b], slot
 int64 [b], weight float32 [b]: 1, or 0 for a slot that only fills up the rank's part, and for a sample that
 was taken out of its data set, which is black and has no words."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoaderConfig:
-    """How a rank makes its batches; nothing here changes what is in them."""
-
-    workers: int = 0
-    """Processes per rank that make batches; 0 makes them in the training process itself."""
-    prefetch: int = 2
-    """Batches that each worker prepares ahead."""
-    cache: str | None = None
-    """Local folder for shards of a remote data set; the processes of a node may share it."""
-    cache_bytes: int = 50_000_000_000
-    """Size that the cache folder may reach, over all data sets of a mix."""
-    lookahead: int = 64
-    """Batches for which shards of a remote data set are copied in advance, or read by ranges."""
-    transfers: int = 8
-    """Shards of a remote data set that a process copies at once."""
-    tombstone_seconds: float = 60.0
-    """A sample that is taken out of its data set disappears from batches that are made so much later."""
-
-    def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise ValueError(f"workers is {self.workers}: set it to 0 or more")
-        for name in ("prefetch", "lookahead", "transfers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: set it to 1 or more")
-        if self.tombstone_seconds < 0:
-            raise ValueError(f"tombstone_seconds is {self.tombstone_seconds}: set it to 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +68,7 @@ class BatchMaker:
         self._tokenizer = Tokenizer()
         self._prefetchers: list[Prefetcher] = []
         self._memory = _Memory()
+        self._decoded = PixelMemory()
         part = -(-spec.global_batch // spec.world_size)
         places = spec.rank * part + np.arange(part)
         # Places beyond the batch repeat its last one with weight 0.
@@ -194,8 +166,10 @@ class BatchMaker:
                 images[place] = 0
                 continue
             captions[place] = sample.caption
-            with decoding(sample):
-                view(sample.image, (sample.width, sample.height), box, images[place])
+            try:
+                view(sample.image, (sample.width, sample.height), box, images[place], self._decoded)
+            except UndecodableImage as error:
+                raise undecodable(sample, error) from error
 
 
 class _Memory:
@@ -260,13 +234,9 @@ def collate(
     }
 
 
-@contextmanager
-def decoding(sample: StoredSample) -> Iterator[None]:
-    """Turn the decoder's error into one that names the sample."""
-    try:
-        yield
-    except UndecodableImage as error:
-        raise DataError(
-            f"the stored image of sample {sample.key!r} (id {sample.id}) cannot be decoded ({error}); "
-            "preprocess again"
-        ) from error
+def undecodable(sample: StoredSample, error: UndecodableImage) -> DataError:
+    """The decoder's error as one that names the sample."""
+    return DataError(
+        f"the stored image of sample {sample.key!r} (id {sample.id}) cannot be decoded ({error}); "
+        "preprocess again"
+    )

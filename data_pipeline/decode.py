@@ -22,6 +22,7 @@ MAX_PIXELS = 89_478_485
 """More than these are not decoded whatever the caller allows: Pillow's own limit, held for every format."""
 MAX_SCANS = 100
 """A progressive JPEG may ask for any number of passes over its coefficients; encoders make ten or so."""
+MOST_KEPT_BYTES = 16 << 20
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")
@@ -34,12 +35,32 @@ class UndecodableImage(ValueError):
     """The bytes are broken, cut short, too many, or of a kind that no decoder here takes."""
 
 
+class PixelMemory:
+    """Where the pixels of one image after another are put: fresh pages cost a tenth to a fifth of a decode.
+
+    The next image overwrites the last one; not for several threads.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def room(self, size: tuple[int, int]) -> np.ndarray:
+        """Bytes for (width, height) pixels; kept for the next image unless they are very many."""
+        needed = 3 * size[0] * size[1]
+        if needed > MOST_KEPT_BYTES:
+            return np.empty(needed, np.uint8)
+        if needed > len(self._bytes):
+            self._bytes = np.empty(needed, np.uint8)
+        return self._bytes[:needed]
+
+
 def decode_rgb(
     data: bytes,
     header: ImageHeader | None = None,
     at_least: tuple[int, int] | None = None,
     *,
     fast_chroma: bool = False,
+    memory: PixelMemory | None = None,
 ) -> np.ndarray:
     """Pixels of the image in `data`: uint8 HWC RGB, contiguous, as stored (no orientation is applied).
 
@@ -47,7 +68,8 @@ def decode_rgb(
     pixels both ways, or in full where none has; other formats always come in full. Transparent parts are
     white, an animation gives its first frame, 16 bits become 8, CMYK becomes RGB without a colour profile.
     `header` saves reading it again. With `fast_chroma` a JPEG's halved colours are repeated instead of
-    interpolated: for what will shrink to half or less.
+    interpolated: for what will shrink to half or less. With `memory` the pixels of a JPEG lie there, until
+    the next image.
 
     Raises UndecodableImage, also where a lenient decoder would go on and paint the missing half grey. Its
     message is the same in every run.
@@ -61,7 +83,8 @@ def decode_rgb(
     size = header.width, header.height
     if header.format == "jpeg" and header.components in (1, 3) and header.bits == 8:
         size = _scaled_size(size, at_least or size)
-        pixels = _decode_jpeg(data, size, header.progressive, fast_chroma)
+        room = None if memory is None else memory.room(size)
+        pixels = _decode_jpeg(data, size, header.progressive, fast_chroma, room)
     else:
         pixels = _decode_other(data)
     if pixels.shape != (size[1], size[0], 3):
@@ -75,14 +98,22 @@ def _scaled_size(full: tuple[int, int], at_least: tuple[int, int]) -> tuple[int,
     return next((size for size in sizes if size[0] >= at_least[0] and size[1] >= at_least[1]), full)
 
 
-def _decode_jpeg(data: bytes, size: tuple[int, int], progressive: bool, fast_chroma: bool) -> np.ndarray:
+def _decode_jpeg(
+    data: bytes, size: tuple[int, int], progressive: bool, fast_chroma: bool, room: np.ndarray | None
+) -> np.ndarray:
     # A marker cannot occur within compressed data, so this counts the scans (and those of a thumbnail).
     if progressive and data.count(b"\xff\xda") > MAX_SCANS:
         raise UndecodableImage(f"JPEG: progressive, of more than {MAX_SCANS} scans")
     try:
         # strict: what libjpeg only warns of (cut short, a bad code) is an error.
         return simplejpeg.decode_jpeg(
-            data, "RGB", fastupsample=fast_chroma, min_width=size[0], min_height=size[1], strict=True
+            data,
+            "RGB",
+            fastupsample=fast_chroma,
+            min_width=size[0],
+            min_height=size[1],
+            buffer=room,
+            strict=True,
         )
     except ValueError as error:
         raise UndecodableImage(f"JPEG: {error}") from None

@@ -22,9 +22,11 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from cluster.errors import MaskClipError
 from cluster.store import open_store
 from data_pipeline.augment import AugmentConfig, eval_view
-from data_pipeline.batch_maker import Batch, BatchMaker, BatchSpec, LoaderConfig, collate, decoding
+from data_pipeline.batch_maker import Batch, BatchMaker, BatchSpec, collate, undecodable
 from data_pipeline.catalog import load_dataset
 from data_pipeline.dataset_reader import DatasetReader
+from data_pipeline.decode import UndecodableImage
+from data_pipeline.loader_config import LoaderConfig
 from data_pipeline.mixing import MixPart, mix_digest
 from data_pipeline.order import OrderConfig
 from data_pipeline.shard_cache import CacheCounters
@@ -195,8 +197,10 @@ def eval_batches(dataset_uri: str, image_size: int, batch: int) -> Generator[Bat
                     ids[k] = sample.id
                     if not np.isin(sample.id, removed):
                         captions[k] = sample.caption
-                        with decoding(sample):
+                        try:
                             images[k] = eval_view(bytes(sample.image), image_size)
+                        except UndecodableImage as error:
+                            raise undecodable(sample, error) from error
                 weights = (~np.isin(ids, removed)).astype(np.float32)
                 yield collate(images, captions, tokenizer, ids, np.zeros_like(slots), slots, weights)
         finally:

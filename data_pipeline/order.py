@@ -145,7 +145,8 @@ class SampleOrder:
             if table is None:
                 shard_order = shuffled(self._sizes.size, mix(self._cfg.seed, SHARD_KEY, epoch))
                 starts = np.zeros(self._sizes.size + 1, dtype=np.int64)
-                np.cumsum(self._sizes[shard_order], out=starts[1:])
+                np.take(self._sizes, shard_order, out=starts[1:], mode="clip")  # "raise" would copy
+                np.cumsum(starts, out=starts)
                 table = self._tables[epoch] = _EpochTable(shard_order, starts)
                 if len(self._tables) > CACHED_EPOCHS:
                     self._tables.popitem(last=False)

@@ -18,6 +18,7 @@ import pyarrow.ipc
 
 from cluster.errors import DataError
 from data_pipeline.records import INDEX_SCHEMA, SHARD_SCHEMA, Sample, ShardFormat, ShardInfo
+from data_pipeline.row_checksum import metadata, rows_crc32
 
 _END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
 # A record batch of an Arrow shard ends when it holds so much; the rest of the writer's memory is small.
@@ -98,18 +99,26 @@ def _write_tar(samples: Iterable[Sample], path: Path, index_path: Path) -> int:
 
 def _write_arrow(samples: Iterable[Sample], path: Path) -> int:
     columns = _columns(SHARD_SCHEMA)
-    waiting = count = 0
+    waiting = count = crc = 0
     with pa.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, SHARD_SCHEMA) as writer:
         for sample in samples:
             _append(columns, {**_row(sample), "meta": json_text(sample.meta), "image": sample.image})
             count += 1
             waiting += len(sample.image)
             if waiting >= _BATCH_BYTES or len(columns["id"]) >= _BATCH_ROWS:
-                writer.write_batch(_batch(columns, SHARD_SCHEMA))
+                crc = _write_rows(writer, columns, crc)
                 columns, waiting = _columns(SHARD_SCHEMA), 0
         if columns["id"] or not count:
-            writer.write_batch(_batch(columns, SHARD_SCHEMA))
+            _write_rows(writer, columns, crc)
     return count
+
+
+def _write_rows(writer: pyarrow.ipc.RecordBatchFileWriter, columns: Columns, before: int) -> int:
+    """Append a record batch; from the checksum of the rows before it to its own."""
+    batch = _batch(columns, SHARD_SCHEMA)
+    crc = rows_crc32(batch, before)
+    writer.write_batch(batch, custom_metadata=metadata(crc))
+    return crc
 
 
 def _member_name(sample: Sample, taken: set[str]) -> str:

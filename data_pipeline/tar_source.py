@@ -15,6 +15,16 @@ from cluster.errors import ShardCorrupt
 from data_pipeline.sample_files import READ_EXTENSIONS, SampleFiles, split_name
 
 _END_OF_ARCHIVE = 2 * tarfile.BLOCKSIZE
+# What else is found under the name of a tar, by its first bytes.
+_OTHER_FILES = {
+    b"PK\x03\x04": "a zip",
+    b"\x1f\x8b": "compressed by gzip",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ\0": "compressed by xz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"PAR1": "a Parquet table",
+}
 
 
 def read_tar(path: Path, shown: str) -> Iterator[SampleFiles]:
@@ -69,9 +79,24 @@ def _read_members(path: Path, shown: str) -> Iterator[tuple[int, str, str, bytes
                     tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
                 _check_end(file, tar.offset, size, shown)
         except (tarfile.TarError, ValueError) as error:
-            raise ShardCorrupt(
-                f"{shown}: broken before byte {file.tell()} ({error}); fetch it again"
-            ) from error
+            broken = f"{shown}: broken before byte {file.tell()} ({error}); fetch it again"
+            raise ShardCorrupt(_no_tar(file, shown) or broken) from error
+
+
+def _no_tar(file: BinaryIO, shown: str) -> str | None:
+    """What to say of a file that cannot be read because it is no tar; None: it may be one."""
+    file.seek(0)
+    block = file.read(tarfile.BLOCKSIZE)
+    other = next((name for magic, name in _OTHER_FILES.items() if block.startswith(magic)), None)
+    if other:
+        return f"{shown}: is no tar but {other}; put plain tars there"
+    try:
+        tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+    except tarfile.InvalidHeaderError:  # pyright: ignore[reportAttributeAccessIssue]
+        return f"{shown}: is no tar, there is no header at byte 0; put plain tars there, or fetch it again"
+    except tarfile.HeaderError:
+        pass  # empty, or cut off
+    return None
 
 
 def _check_end(file: BinaryIO, offset: int, size: int, shown: str) -> None:

@@ -28,7 +28,10 @@ EOT = 49_407
 SPECIAL = {"<|startoftext|>": SOT, "<|endoftext|>": EOT}
 _WORD_END = "</w>"
 _PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-_WHITESPACE = re.compile(r"\s+")
+# The same pieces of lower-cased ASCII.
+_ASCII_PIECES = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")
+_KEPT_WORDS = 1 << 16
+_KEPT_LENGTH = 32
 
 
 def byte_symbols() -> list[str]:
@@ -43,8 +46,10 @@ def byte_symbols() -> list[str]:
 
 def clean(caption: str) -> str:
     """Repair mojibake, resolve HTML entities (twice escaped ones too), fold white space, lower the case."""
-    text = html.unescape(html.unescape(ftfy.fix_text(caption)))
-    return _WHITESPACE.sub(" ", text).strip().lower()
+    # Printable ASCII without an ampersand is what most captions are, and is in need of none of this.
+    plain = caption.isascii() and caption.isprintable() and "&" not in caption
+    text = caption if plain else html.unescape(html.unescape(ftfy.fix_text(caption)))
+    return " ".join(text.split()).lower()
 
 
 def load_merges() -> list[tuple[str, str]]:
@@ -70,6 +75,7 @@ class Tokenizer:
     def __init__(self) -> None:
         model = models.BPE(vocab=vocabulary(), merges=load_merges(), end_of_word_suffix=_WORD_END)
         self._bpe = BpeTokenizer(model)
+        self._known: dict[str, list[int]] = {}
         self._bpe.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Split(Regex(_PATTERN), behavior="removed", invert=True),
@@ -90,7 +96,12 @@ class Tokenizer:
 
     def _words(self, text: str) -> list[int]:
         if not any(word in text for word in SPECIAL):
-            return self._bpe.encode(text, add_special_tokens=False).ids
+            if not text.isascii():
+                return self._bpe.encode(text, add_special_tokens=False).ids
+            found: list[int] = []
+            for piece in _ASCII_PIECES.findall(text):
+                found += self._known.get(piece) or self._piece(piece)
+            return found
         # Spelled out in a caption, the special words are one piece of the split, as in CLIP, but no merge
         # makes them.
         ids: list[int] = []
@@ -100,4 +111,11 @@ class Tokenizer:
                 if piece in SPECIAL
                 else [token.id for token in self._bpe.model.tokenize(piece)]
             )
+        return ids
+
+    def _piece(self, piece: str) -> list[int]:
+        """Ids of one piece of the split, remembered: most words of a caption were in another one."""
+        ids = self._bpe.encode(piece, add_special_tokens=False).ids
+        if len(self._known) < _KEPT_WORDS and len(piece) <= _KEPT_LENGTH:
+            self._known[piece] = ids
         return ids

@@ -5,6 +5,7 @@ A recipe names a preset and changes what it wants: ``model: {preset: vit_b_16, d
 complete and the saved config of a run stands on its own.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -12,11 +13,17 @@ from typing import Any, Literal
 DEFAULT_PRESET = "tiny"
 
 Activation = Literal["gelu", "quick_gelu"]
+Layout = Literal["maskclip", "hugging_face", "open_clip"]
+"""Whose names and shapes weights have; `model/convert.py` goes from one to the other."""
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _check_weight(name: str, value: float) -> None:
+    _require(0 <= value < math.inf, f"{name} is {value}: set it to 0 or more, and finite")
 
 
 def _check_transformer(name: str, width: int, layers: int, heads: int) -> None:
@@ -55,7 +62,7 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         _check_transformer("model.vision", self.width, self.layers, self.heads)
-        _require(self.layer_scale >= 0, f"layer_scale {self.layer_scale}: set model.vision.layer_scale to 0+")
+        _check_weight("model.vision.layer_scale", self.layer_scale)
         for name in ("stochastic_depth", "patch_dropout"):
             _require(
                 0 <= getattr(self, name) < 1,
@@ -154,7 +161,7 @@ class DistillConfig:
     """Momentum of the mean that is subtracted from the teacher's logits (not from the paper: iBOT)."""
 
     def __post_init__(self) -> None:
-        _require(self.weight >= 0, f"weight {self.weight} is negative: set model.distill.weight to 0 or more")
+        _check_weight("model.distill.weight", self.weight)
         _require(
             0 < self.mask_ratio < 1,
             f"mask_ratio {self.mask_ratio}: set model.distill.mask_ratio above 0 and below 1",
@@ -169,7 +176,8 @@ class DistillConfig:
         )
         for name in ("student_temperature", "teacher_temperature_start", "teacher_temperature"):
             _require(
-                getattr(self, name) > 0, f"{name} is {getattr(self, name)}: set model.distill.{name} above 0"
+                0 < getattr(self, name) < math.inf,
+                f"{name} is {getattr(self, name)}: set model.distill.{name} above 0",
             )
         _require(
             0 <= self.centre_momentum < 1,
@@ -197,7 +205,7 @@ class MlmConfig:
     """Blocks of the text decoder (same width and heads as the encoder; width not from the paper)."""
 
     def __post_init__(self) -> None:
-        _require(self.weight >= 0, f"weight {self.weight} is negative: set model.mlm.weight to 0 or more")
+        _check_weight("model.mlm.weight", self.weight)
         _require(
             0 < self.mask_ratio <= 1,
             f"mask_ratio {self.mask_ratio}: set model.mlm.mask_ratio above 0 and at most 1",

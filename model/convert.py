@@ -12,18 +12,17 @@ Shapes: D width, E shared space, P patches, p side of a patch.
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model.blocks import MLP_RATIO
-from model.config import ModelConfig
+from model.config import Layout, ModelConfig
 from model.objective import MaskClip
 from model.vision import IMAGE_MEAN, IMAGE_STD
 
-Layout = Literal["maskclip", "hugging_face", "open_clip"]
 Get = Callable[[str], Tensor]
 
 # What OpenAI's and most of open_clip's models expect of pixels.

@@ -1,13 +1,15 @@
 """What the ranks of a run tell each other besides tensors: decisions of rank 0, and the verdict on a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from cluster.errors import Hang, MaskClipError
+from cluster.errors import ConfigError, Hang, MaskClipError
+from cluster.stop import Reason, StopRequest, stopped
 
 T = TypeVar("T")
 
@@ -44,6 +46,47 @@ def on_every_rank(work: Callable[[], T]) -> list[T]:
                 error.agreed = True
             raise error
     return [result for result, _ in everyone]
+
+
+def same_on_all_ranks(what: str, mine: str) -> None:
+    """Raises ConfigError on every rank unless all give the same text."""
+    texts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, mine)
+    others = [rank for rank, text in enumerate(texts) if text != texts[0]]
+    if others:
+        error = ConfigError(
+            f"rank {others[0]} and {len(others) - 1} others have another {what} than rank 0; give every rank "
+            "the same recipe and settings"
+        )
+        error.agreed = True
+        raise error
+
+
+def stop_if_asked(stop: StopRequest) -> None:
+    """All ranks call it outside of the step loop: if one was asked to stop, all raise."""
+    reasons: list[Reason | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, stop.reason)
+    if "interrupted" in reasons:
+        raise _stopped_early("interrupted")
+    if "preempted" in reasons:
+        raise _stopped_early("preempted")
+
+
+def _stopped_early(reason: Reason) -> MaskClipError:
+    return stopped(reason, "stopped before the first step of this attempt; run the same command to go on")
+
+
+@contextmanager
+def lost_peers_named(stop: StopRequest) -> Iterator[None]:
+    """A collective that fails because another rank is gone leaves the block as `Hang`; or, where that one was
+    asked to stop and we were too, as that."""
+    try:
+        yield
+    except RuntimeError as error:
+        known: MaskClipError | None = peer_lost(error)
+        if known is None:
+            raise
+        raise (_stopped_early(stop.reason) if stop.reason else known) from error
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,13 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
+from cluster.errors import ConfigError, Hang
 from cluster.events import EventLog, claim_attempt
 from cluster.stop import StopRequest
 from cluster.store import ObjectStore
@@ -31,6 +34,9 @@ from system.teacher_state import ShardedTeacher
 from system.trainer import Trainer
 from system.training_evaluation import TrainingEvaluation
 
+JOIN_SECONDS = 300.0
+"""How long a rank waits for the others at its start."""
+
 
 @contextmanager
 def process_group(world: World) -> Iterator[None]:
@@ -49,11 +55,29 @@ def process_group(world: World) -> Iterator[None]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # It also calls what torch has renamed: no news for the user.
     warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor`", FutureWarning)
+    _meet(world, "nccl" if cuda else "gloo")
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _meet(world: World, backend: str) -> None:
+    """Join the other ranks. Raises Hang when they do not come, ConfigError when nobody says where."""
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS)))
+        store.set_timeout(dist.default_pg_timeout)  # from here on, a rank may be long at its work
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    except ValueError as error:
+        raise ConfigError(f"environment: {error}; set MASTER_ADDR and MASTER_PORT as torchrun does") from None
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).splitlines()[0]
+        raise Hang(
+            f"{world.size} ranks did not meet at {where} within {JOIN_SECONDS:g} s ({reason}); start all of "
+            "them, or unset RANK and WORLD_SIZE"
+        ) from None
 
 
 def build_loader(config: TrainConfig, world: World) -> Loader:
@@ -104,7 +128,7 @@ def open_event_log(run: ObjectStore, world: World, flush_seconds: float) -> Iter
 
 @contextmanager
 def build_trainer(
-    config: TrainConfig, world: World, run: ObjectStore, events: EventLog
+    config: TrainConfig, world: World, run: ObjectStore, events: EventLog, stop: StopRequest
 ) -> Iterator[tuple[Trainer, Loader]]:
     """A trainer at step 0 and the loader that feeds it. Call `Trainer.resume` next."""
     loader = build_loader(config, world)
@@ -113,7 +137,7 @@ def build_trainer(
     engine, teacher = build_engine(config, world, initial.parameters)
     description = describe_run(config, loader.manifest_digest, initial.digest)
     checkpointer = Checkpointer(run, engine, teacher, events, description, config.checkpoint)
-    with Console(config.run.steps, active=world.rank == 0) as console, StopRequest() as stop:
+    with Console(config.run.steps, active=world.rank == 0) as console:
         comm = DistributedCollectives()
         evaluation = TrainingEvaluation(config, engine, teacher, events, console)
         yield (

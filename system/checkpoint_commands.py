@@ -10,7 +10,7 @@ from typing import Any, Literal
 from cluster.errors import CheckpointIncompatible, DataError
 from cluster.manifest import MANIFEST, verify
 from cluster.store import ObjectStore, open_store
-from system.commands import Args, NoKnobs, Result, Rows, knobs, verdict
+from system.commands import Args, Result, Rows, knobs, verdict
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,12 @@ class Action:
     name: str
     handler: Callable[[Args], Result]
     summary: str
-    settings: type = NoKnobs
+    settings: type | None = None
+
+    @property
+    def place(self) -> str:
+        """Of the settings, as the command line's help wants it."""
+        return f"{self.settings.__module__}:{self.settings.__qualname__}" if self.settings else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +50,6 @@ def list_all(args: Args) -> Result:
     from system.checkpoint import committed_steps, load_checkpoint_meta
     from system.retention import pinned_steps
 
-    knobs(args, NoKnobs)
     run = open_store(args.run)
     pinned, data = set(pinned_steps(run)), []
     for step in committed_steps(run):
@@ -70,13 +74,14 @@ def list_all(args: Args) -> Result:
         for d in data
     ]
     columns = ("step", "slot", "manifest", "state", "attempt", "")
-    return Result(data, Rows(f"checkpoints of {args.run}", columns, rows).table())
+    table = Rows(f"checkpoints of {args.run}", columns, rows).table()
+    broken = any("problem" in d for d in data)
+    return Result(data, table, CheckpointIncompatible.exit_code if broken else 0)
 
 
 def verify_all(args: Args) -> Result:
     from system.checkpoint import committed_steps
 
-    knobs(args, NoKnobs)
     run = open_store(args.run)
     problems = {f"step {step}": check(run, step) for step in committed_steps(run)}
     return verdict(problems, args.run, "checkpoint", CheckpointIncompatible.exit_code)

@@ -9,88 +9,138 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
-from cluster.errors import ConfigError, MaskClipError, exit_code_of
+from cluster.errors import ConfigError, Hang, MaskClipError, exit_code_of
+from cluster.stop import end_at_once, stop_raises
 from system import checkpoint_commands, checkpoint_upkeep, commands, dataset_commands
 
 Handler = Callable[[argparse.Namespace], Any]
+RECIPE = "recipe"
+"""In place of a config class: the recipe decides which one it is."""
 
 
 class _Parser(argparse.ArgumentParser):
+    settings = ""
+    """Config class ("module:Class") whose fields the help lists; imported when that help is printed."""
+
+    def format_help(self) -> str:
+        if not self.settings:
+            return super().format_help()
+        from system.settings_help import settings_text
+
+        return f"{super().format_help()}\n{settings_text(self.settings)}"
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
 def train_command(args: argparse.Namespace) -> Any:
     """Under a launcher (RANK is set) be one rank; otherwise start the local ranks and wait for them."""
-    config = commands.train_config(args.recipe, args.knobs)
-    if "RANK" in os.environ:
-        from system.train import train  # torch and DeepSpeed, for which the other commands do not wait
+    if "RANK" not in os.environ:
+        with stop_raises("stopped; run the same command to go on") as check_stop:
+            from system.train_command import train_locally
 
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no result of ours
-        return train(config)
-    return commands.train_locally(config, args)
+            return train_locally(args, check_stop)
+    end_at_once()
+    config = commands.train_config(args.recipe, args.knobs)
+    from system.train import train  # torch and DeepSpeed, for which the other commands do not wait
+
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no result of ours
+    return train(config)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="maskclip", description="Train MaskCLIP: data, training, evaluation, export, reports."
     )
+    parser.add_argument("--version", action="version", version=_version())
     groups = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     def command(
-        where: Any, name: str, handler: Handler, summary: str, positional: Sequence[tuple[str, str]] = ()
+        where: Any,
+        name: str,
+        handler: Handler,
+        summary: str,
+        positional: Sequence[tuple[str, str]] = (),
+        settings: str = "",
     ) -> None:
         sub = where.add_parser(name, help=summary, description=summary)
+        sub.settings = "" if settings == RECIPE else settings
         for argument, meaning in positional:
             optional = argument.endswith("?")
             sub.add_argument(argument.rstrip("?"), nargs="?" if optional else None, help=meaning)
-        sub.add_argument("knobs", nargs="*", metavar="key=value", help="settings, with dotted keys")
+        knobs = "settings, listed below" if settings else argparse.SUPPRESS  # hidden, so that main names it
+        if settings == RECIPE:
+            knobs = "those of the recipe's command: see maskclip train --help, maskclip preprocess --help"
+        sub.add_argument("knobs", nargs="*", default=[], metavar="key=value", help=knobs)
         sub.add_argument("--json", action="store_true", help="print one JSON document on stdout")
-        sub.set_defaults(handler=handler)
+        sub.set_defaults(handler=handler, no_settings=not settings)
 
     recipe, run = ("recipe", "path of a YAML recipe"), ("run", "run folder: local path or s3://bucket/prefix")
     command(
         groups,
         "preprocess",
         commands.preprocess,
-        "raw image-text tars or folders -> a committed data set",
+        "raw image-text tars, folders or tables -> a committed data set",
         [recipe],
+        "data_pipeline.preprocess:PreprocessConfig",
     )
-    command(groups, "train", train_command, "train, or go on from the newest checkpoint", [recipe])
+    command(
+        groups,
+        "train",
+        train_command,
+        "train, or go on from the newest checkpoint",
+        [recipe],
+        "system.config:TrainConfig",
+    )
     command(
         groups,
         "evaluate",
         commands.evaluate,
         "retrieval, zero-shot, k-NN, linear probe, patches: a checkpoint, or every=true; data=...",
         [run],
+        "system.evaluation_config:EvaluateConfig",
     )
     command(
-        groups, "export", commands.export, "inference weights of a run's checkpoint as safetensors", [run]
+        groups,
+        "export",
+        commands.export,
+        "inference weights of a run's checkpoint as safetensors; output=FOLDER",
+        [run],
+        "system.export_config:ExportConfig",
     )
-    command(groups, "report", commands.report, "self-contained HTML report of a run and a summary", [run])
-    command(groups, "config", commands.show_config, "print a recipe as it would run, checked", [recipe])
+    command(
+        groups,
+        "report",
+        commands.report,
+        "self-contained HTML report of a run and a summary",
+        [run],
+        "system.commands:ReportConfig",
+    )
+    summary = "print a recipe as it would run, checked"
+    command(groups, "config", commands.show_config, summary, [recipe], RECIPE)
     command(
         groups,
         "doctor",
         commands.doctor,
         "check this machine, and a store if its URI is given",
-        [("uri?", "store")],
+        [("uri?", "store to check: local path or s3://bucket/prefix")],
     )
     command(
         groups,
         "demo",
         commands.demo,
         "the whole system on the emoji sample, with a kill and a resume",
-        [("folder", "work")],
+        [("folder", "folder for data sets, runs, weights and the report")],
     )
 
     checkpoint = groups.add_parser("checkpoint", help="checkpoints of a run").add_subparsers(
         dest="action", required=True, metavar="ACTION", parser_class=_Parser
     )
     for action in (*checkpoint_commands.ACTIONS, *checkpoint_upkeep.ACTIONS):
-        command(checkpoint, action.name, action.handler, action.summary, [run])
+        command(checkpoint, action.name, action.handler, action.summary, [run], action.place)
     dataset = groups.add_parser("dataset", help="committed data sets").add_subparsers(
         dest="action", required=True, metavar="ACTION", parser_class=_Parser
     )
@@ -104,6 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
         of.dataset_audit,
         "prove that every source row has one fate and every sample its place; also of an unfinished job",
         [where],
+        "system.dataset_commands:AuditConfig",
     )
     command(
         dataset,
@@ -111,6 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
         of.dataset_stats,
         "counts, sizes, captions, dropped rows; with output=FOLDER as histograms, PNG and JSON",
         [where],
+        "system.dataset_commands:StatsConfig",
     )
     command(
         dataset,
@@ -118,14 +170,23 @@ def build_parser() -> argparse.ArgumentParser:
         of.dataset_remove,
         "take samples out: by=url|sha256|id|source values=a,b or list=FILE, reason=..., missing=error|ok",
         [where],
+        "system.dataset_commands:RemoveConfig",
     )
     command(dataset, "diff", of.dataset_diff, "samples, captions and recipe that tell two sets apart", two)
     summary = "one new data set of several: A B ... output=C"
     merge = dataset.add_parser("merge", help=summary, description=summary)
+    merge.settings = "system.dataset_commands:MergeConfig"
     merge.add_argument("words", nargs="+", metavar="dataset|key=value", help="data sets, and output=FOLDER")
     merge.add_argument("--json", action="store_true", help="print one JSON document on stdout")
     merge.set_defaults(handler=of.dataset_merge)
     return parser
+
+
+def _version() -> str:
+    try:
+        return f"maskclip {version('maskclip')}"
+    except PackageNotFoundError:
+        return "maskclip, not installed as a package"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,6 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in (sys.argv if argv is None else argv)
     try:
         args = build_parser().parse_args(argv)
+        if getattr(args, "no_settings", False) and args.knobs:
+            raise ConfigError(f"{args.knobs[0]}: unknown key, this command has no settings; remove it")
         result = args.handler(args)
         if result is not None:
             commands.show(result, as_json)
@@ -147,6 +210,8 @@ def _fail(error: BaseException, as_json: bool) -> int:
     who = "maskclip" if rank is None else f"maskclip rank {rank}"
     if getattr(error, "agreed", False) and rank not in (None, "0"):
         return code  # all ranks know the same; the first one says it
+    if isinstance(error, Hang) and rank is not None and commands.HANDED_OVER in os.environ:
+        return code  # the launcher says it, once
     if isinstance(error, KeyboardInterrupt):
         message = "interrupted"
     elif isinstance(error, MaskClipError):

@@ -6,7 +6,8 @@ Every command imports what it needs when it runs: `maskclip --help` or `config` 
 """
 
 import argparse
-import sys
+import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from system.config import TrainConfig
 
 Args = argparse.Namespace
+HANDED_OVER = "MASKCLIP_CONFIG"
+"""Name in the environment of the ranks: the resolved training configuration, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,6 @@ class ReportConfig:
     """Where the HTML page goes."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class NoKnobs:
-    """For commands without settings: any key is unknown."""
-
-
 @dataclass
 class Rows:
     title: str
@@ -55,28 +53,44 @@ class Rows:
         for column in self.columns:
             table.add_column(column, overflow="fold")
         for row in self.rows:
-            table.add_row(*map(str, row))
+            table.add_row(*map(cell, row))
         return table
 
 
+def cell(value: Any) -> str:
+    """A value as a table shows it: numbers to four digits, collections in words."""
+    if value is None or value == {} or value == () or value == []:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, dict):
+        return "  ".join(f"{key} {cell(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(cell, value))
+    return str(value)
+
+
 def show(result: Result, as_json: bool) -> None:
-    console = Console(highlight=False, soft_wrap=as_json or isinstance(result.text, str))
+    # No markup: a path may well hold square brackets.
+    console = Console(highlight=False, markup=False, soft_wrap=as_json or isinstance(result.text, str))
     if as_json:
         console.print_json(data=result.data)
     else:
         console.print(result.text)
 
 
-def knobs(args: Args, kind: type, **positional: Any) -> Any:
+def knobs(args: Args, kind: type) -> Any:
     """The `key=value` settings of a command that has no recipe, as a typed config."""
-    from system.config import apply_overrides, validate
+    from system.recipe import apply_overrides, validate
 
-    return validate(kind, apply_overrides(dict(positional), args.knobs), f"maskclip {args.command}")
+    return validate(kind, apply_overrides({}, args.knobs), args.command, recipe=False)
 
 
 def preprocess(args: Args) -> Result:
     from data_pipeline.preprocess import PreprocessConfig, run_preprocess
-    from system.config import load_recipe
+    from system.recipe import load_recipe
 
     config = load_recipe(args.recipe, args.knobs, PreprocessConfig)
     with progress_bar("preprocess") as bar:
@@ -112,38 +126,14 @@ def duration(seconds: float) -> str:
 
 
 def train_config(recipe: str, overrides: list[str]) -> "TrainConfig":
-    from system.config import load_train_recipe
+    """From the recipe; in a rank that our launcher started, the very one that the launcher has checked."""
+    from system.config import TrainConfig, load_train_recipe
+    from system.recipe import validate
 
+    handed_over = os.environ.get(HANDED_OVER)
+    if handed_over is not None and "RANK" in os.environ:
+        return validate(TrainConfig, json.loads(handed_over), HANDED_OVER)
     return load_train_recipe(recipe, overrides)
-
-
-def train_locally(config: "TrainConfig", args: Args) -> Result:
-    """Check what every rank needs once, so that a mistake is one line; then start the ranks and wait."""
-    from cluster.local_launch import run_local
-    from data_pipeline.catalog import load_dataset
-    from data_pipeline.mixing import mix_digest
-    from system.checkpoint import committed_steps
-
-    parts = config.data.parts
-    digest = mix_digest([load_dataset(part.uri).digest for part in parts], [part.weight for part in parts])
-    run = open_store(config.run.uri, config.store)
-    run.exists("config.json")
-    # -P: a folder named model/ or system/ in the working directory must not shadow the installed packages.
-    argv = [sys.executable, "-P", "-m", "system.cli", "train", args.recipe, *args.knobs]
-    code = run_local(argv, config.run.processes, None)
-    steps = committed_steps(run)
-    data = {
-        "run": config.run.uri,
-        "dataset": digest,
-        "exit_code": code,
-        "steps": config.run.steps,
-        "last_checkpoint": steps[-1] if steps else None,
-    }
-    if code == 0:
-        text = f"trained to step {config.run.steps}; next: maskclip evaluate {config.run.uri} data=..."
-    else:
-        text = f"training ended with exit code {code}; last committed checkpoint: {data['last_checkpoint']}"
-    return Result(data, text, code)
 
 
 def evaluate(args: Args) -> Result:
@@ -185,7 +175,8 @@ def report(args: Args) -> Result:
 def show_config(args: Args) -> Result:
     import yaml
 
-    from system.config import load_recipe, load_train_recipe, read_recipe, to_dict
+    from system.config import load_train_recipe, to_dict
+    from system.recipe import load_recipe, read_recipe
 
     command = read_recipe(args.recipe).get("command", "train")
     if command == "train":
@@ -206,10 +197,11 @@ def doctor(args: Args) -> Result:
     from system.doctor import run_checks
 
     checks = run_checks(args.uri)
-    failed = any(check.status == "fail" for check in checks)
+    failed = [check for check in checks if check.status == "fail"]
+    code = (failed[0].exit_code or ConfigError.exit_code) if failed else 0
     rows = [(c.name, c.status, c.detail, c.fix) for c in checks]
     table = Rows("doctor", ("check", "status", "found", "what to do"), rows).table()
-    return Result([asdict(check) for check in checks], table, ConfigError.exit_code if failed else 0)
+    return Result([asdict(check) for check in checks], table, code)
 
 
 def demo(args: Args) -> Result:

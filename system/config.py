@@ -1,27 +1,26 @@
-"""Typed, frozen configuration of a training run, and the way from a recipe to it.
+"""Typed, frozen configuration of a training run.
 
-A recipe is YAML; knobs are ``key=value`` with dotted keys. Unknown keys, wrong types and impossible
-combinations are a `ConfigError` with the dotted path, before anything is allocated (design law 8).
+The bounds of single values stand at their types, and `recipe.validate` applies them; what several values must
+be together is in `__post_init__`. Either error is one line with the dotted key, before anything is allocated
+(design law 8).
 """
 
 import dataclasses
 import hashlib
 import json
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, Field
 
 from cluster.errors import ConfigError
-from cluster.store import StoreConfig
-from data_pipeline.loader import LoaderConfig
+from cluster.store import StoreConfig, normal_uri, overlap
+from data_pipeline.loader_config import LoaderConfig
 from data_pipeline.mixing import MixPart
 from model.config import ModelConfig, resolve
 from system.checkpoint_config import CheckpointConfig
 from system.evaluation_config import EvaluationConfig
+from system.recipe import apply_overrides, build_config, read_recipe
 
 # Keys that may differ between the attempts of one run; everything else is the run's identity.
 FREE_KEYS = (
@@ -37,37 +36,53 @@ FREE_KEYS = (
     "store",
 )
 
+# What the tokenizer gives, which loads too slowly to be asked here; a test compares.
+VOCABULARY, CAPTION_TOKENS = 49_408, 77
+
+
+def _address(uri: str) -> str:
+    try:
+        normal_uri(uri)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return uri
+
+
+Uri = Annotated[str, AfterValidator(_address)]
+UriOrEmpty = Annotated[str, AfterValidator(lambda uri: uri and _address(uri))]
+AtLeastOne = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    uri: str
+    uri: Uri
     """Run folder: a local path or s3://bucket/prefix. Events, checkpoints and evaluations live under it."""
-    steps: int
-    """Optimizer steps of the whole run; the schedules end here."""
-    processes: int = 1
+    steps: Annotated[int, Field(ge=1, le=999_999_999)]  # the name of a checkpoint's folder has nine digits
+    """Optimizer steps of the whole run; the schedules end here. Part of what the run is: a run cannot be made
+    longer or shorter."""
+    processes: Annotated[int, Field(ge=1, le=1024)] = 1
     """Local processes that `maskclip train` starts (ignored under torchrun)."""
-    event_seconds: float = 5.0
+    event_seconds: Positive = 5.0
     """Events reach the store this often; a killed process loses at most so many seconds of them."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Keys the initial weights, the sample order, crops, masks and token corruption."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.processes < 1 or self.event_seconds <= 0:
-            raise ValueError("steps, processes and event_seconds are above 0; raise run.steps or the others")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    uri: str = ""
+    uri: UriOrEmpty = ""
     """Committed data set, as written by `maskclip preprocess`; or give `mix`."""
     mix: tuple[MixPart, ...] = ()
     """Several data sets, each with a whole-number weight; every batch holds exactly their shares, so
     global_batch is a multiple of the sum of the weights (in lowest terms)."""
-    global_batch: int = 4096
+    global_batch: Annotated[int, Field(ge=1, le=2**30)] = 4096
     """Pairs per step over all ranks (paper: 4096). World size need not divide it."""
-    streams: int = 64
+    streams: AtLeastOne = 64
     """Logical streams of the sample order, at most; divides global_batch."""
-    window_shards: int = 4
+    window_shards: AtLeastOne = 4
     """Samples are permuted within windows of about this many shards."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """Area range of the random crop (SLIP's value; not given in the paper)."""
@@ -81,7 +96,16 @@ class DataConfig:
     def __post_init__(self) -> None:
         if bool(self.uri) == bool(self.mix):
             raise ValueError("needs either one data set or a mix of several; set data.uri or data.mix")
-        if self.streams < 1 or self.global_batch % self.streams:
+        for number, part in enumerate(self.mix):
+            try:
+                normal_uri(part.uri)
+            except ConfigError as error:
+                raise ValueError(f"{error} (data.mix, entry {number + 1})") from None
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(
+                f"crop_scale {self.crop_scale} is not two rising numbers in (0, 1]; change data.crop_scale"
+            )
+        if self.global_batch % self.streams:
             raise ValueError(
                 f"global_batch {self.global_batch} is not a multiple of streams {self.streams}; "
                 "change data.global_batch or data.streams"
@@ -92,7 +116,7 @@ class DataConfig:
 class InitConfig:
     """Weights that the run begins from; not from the paper, which trains from scratch (docs/export.md)."""
 
-    uri: str = ""
+    uri: UriOrEmpty = ""
     """Folder or .safetensors file, local or s3://...: an export of ours, or CLIP as open_clip or Hugging Face
     store it. Read at step 0 only; empty: all weights come from run.seed."""
     mean: tuple[float, float, float] | None = None
@@ -112,22 +136,25 @@ class InitConfig:
 class OptimizerConfig:
     """AdamW and its schedule. lr, decay, betas and warm-up are not from the paper: SLIP's CLIP recipe."""
 
-    lr: float = 5e-4
-    final_lr: float = 1e-5
-    warmup_lr: float = 1e-6
-    warmup_steps: int = 2000
-    weight_decay: float = 0.5
-    layer_decay: float = 1.0
+    lr: Positive = 5e-4
+    """Peak of the learning rate, at the end of the warm-up."""
+    final_lr: NotNegative = 1e-5
+    """Learning rate at the last step; a cosine leads there."""
+    warmup_lr: NotNegative = 1e-6
+    """Learning rate at the first step."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 2000
+    """Steps over which the learning rate rises in a line."""
+    weight_decay: NotNegative = 0.5
+    """Decoupled decay of matrices; biases, gains and other vectors have none."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the learning rate for every layer further from the top of a tower; 1: none (not from the
     paper; below 1 when a tower begins from trained weights)."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-8
-    gradient_clip: float = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    """Decay of the running means of gradients and of their squares."""
+    eps: Positive = 1e-8
+    """Keeps the update finite where gradients vanish."""
+    gradient_clip: NotNegative = 0.0
     """Clip the global gradient norm to this; 0 switches clipping off."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.layer_decay <= 1.0:
-            raise ValueError(f"layer_decay {self.layer_decay} is not in (0, 1]; change optimizer.layer_decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,32 +162,42 @@ class TeacherConfig:
     """EMA teacher. The momentum range agrees with the authors' BootMAE; the paper's text for it was not
     seen."""
 
-    momentum_start: float = 0.999
-    momentum_end: float = 0.9999
-    temperature_warmup: float = 0.1
+    momentum_start: Fraction = 0.999
+    """Share of the teacher that stays at the first step."""
+    momentum_end: Fraction = 0.9999
+    """And at the last one."""
+    temperature_warmup: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of the run over which the teacher temperature rises from its start to its final value."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.momentum_start <= self.momentum_end < 1.0:
-            raise ValueError("0 <= momentum_start <= momentum_end < 1 must hold; change teacher.momentum_*")
+        if self.momentum_start > self.momentum_end:
+            raise ValueError(
+                f"momentum_start {self.momentum_start} is above momentum_end {self.momentum_end}; "
+                "change teacher.momentum_start"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     zero_stage: Literal[0, 1, 2] = 1
+    """What DeepSpeed shards over the ranks; 0: nothing, 1: optimizer state, 2: gradients too."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    """Of activations and gradients; master weights and optimizer state are always fp32."""
     compile: bool = False
     """Compile each transformer block with torch.compile; the first steps take minutes longer."""
-    max_refused_steps: int = 3
+    max_refused_steps: AtLeastOne = 3
     """Refused steps in a row before the attempt ends with the NonFinite exit code."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    """One training run."""
+
+    command: Literal["train"] = "train"
+    """The command that runs this recipe."""
     run: RunConfig
     data: DataConfig
     model: ModelConfig
-    command: Literal["train"] = "train"
     init: InitConfig = field(default_factory=InitConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -170,107 +207,8 @@ class TrainConfig:
     store: StoreConfig = field(default_factory=StoreConfig)
 
 
-T = TypeVar("T")
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML 1.1 with two repairs: ``1e-4`` is a number, and a key that stands twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key) for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.YAMLError(f"the key '{twice[0]}' stands twice")
-        return super().construct_mapping(node, deep)
-
-
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_RecipeLoader)  # a SafeLoader: builds plain values only
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{where}: not valid YAML ({reason}); correct the recipe") from None
-
-
-def parse_overrides(overrides: list[str]) -> list[tuple[list[str], Any]]:
-    """``["a.b=1"]`` -> ``[(["a", "b"], 1)]``; values are read as YAML."""
-    pairs = []
-    for item in overrides:
-        key, separator, value = item.partition("=")
-        if not separator or not all(key.split(".")):
-            raise ConfigError(f"'{item}' is not of the form key=value; write for example run.steps=100")
-        pairs.append((key.split("."), _parse_yaml(value, item)))
-    return pairs
-
-
-def apply_overrides(values: dict, overrides: list[str]) -> dict:
-    values = json.loads(json.dumps(values))
-    for path, value in parse_overrides(overrides):
-        node = values
-        for depth, name in enumerate(path[:-1], start=1):
-            node = node.setdefault(name, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"{'.'.join(path)}: '{'.'.join(path[:depth])}' is a value, not a section")
-        node[path[-1]] = value
-    return values
-
-
-def validate(kind: type[T], values: dict, where: str) -> T:
-    """Build `kind` (a dataclass) from plain values.
-
-    Raises:
-        ConfigError: unknown key, wrong type, missing key or impossible value; one line with every dotted
-        path.
-    """
-    strict = with_config(ConfigDict(extra="forbid", strict=True))(kind)  # nested sections inherit it
-    try:
-        return TypeAdapter(strict).validate_json(json.dumps(values))
-    except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
-        raise ConfigError(f"{where}: {'; '.join(problems)}") from None
-
-
-def _explain(problem: Any) -> str:
-    path = ".".join(str(part) for part in problem["loc"]) or "recipe"
-    if problem["type"] == "unexpected_keyword_argument":
-        return f"{path}: unknown key, remove it or correct its spelling"
-    if problem["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return f"{path}: missing, add it to the recipe or give {path}=..."
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{path}: {message}"
-    return f"{path}: {message[0].lower()}{message[1:]}, not {problem['input']!r}"
-
-
-def read_recipe(path: str) -> dict:
-    """The plain values of a recipe file. Raises ConfigError when it is absent or not a YAML mapping."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ConfigError(
-            f"{path}: cannot read the recipe ({reason}); give the path of a YAML recipe"
-        ) from None
-    values = _parse_yaml(text, path)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a recipe is a YAML mapping of sections; see configs/ for examples")
-    return values
-
-
-def load_recipe(path: str, overrides: list[str], kind: type[T]) -> T:
-    """Read, override and validate the recipe at `path` as a `kind`."""
-    return build_config(apply_overrides(read_recipe(path), overrides), path, kind)
-
-
 def load_train_recipe(path: str, overrides: list[str]) -> TrainConfig:
-    """As `load_recipe`, with the model's preset filled in."""
+    """As `load_recipe`, with the model's preset filled in; also checks what a new attempt must fulfil."""
     values = apply_overrides(read_recipe(path), overrides)
     section = values.get("model", {})
     if isinstance(section, dict):
@@ -278,16 +216,19 @@ def load_train_recipe(path: str, overrides: list[str]) -> TrainConfig:
             values["model"] = resolve(section)
         except ValueError as error:
             raise ConfigError(f"{path}: model: {error}") from None
-    return build_config(values, path, TrainConfig)
-
-
-def build_config(values: dict, path: str, kind: type[T]) -> T:
-    """Validate `values` as a `kind`, which must be for the command that the recipe names."""
-    wanted = next(f.default for f in dataclasses.fields(kind) if f.name == "command")  # type: ignore[arg-type]
-    given = values.get("command", wanted)
-    if given != wanted:
-        raise ConfigError(f"{path}: this recipe is for `maskclip {given}`, not `maskclip {wanted}`")
-    return validate(kind, values, path)
+    config = build_config(values, path, TrainConfig)
+    for part in config.data.parts:
+        if overlap(config.run.uri, part.uri):
+            raise ConfigError(
+                f"{path}: run.uri {config.run.uri} and the data set {part.uri} lie one in the other; "
+                "change run.uri"
+            )
+    if (config.model.text.vocab_size, config.model.text.context_length) != (VOCABULARY, CAPTION_TOKENS):
+        raise ConfigError(
+            f"{path}: the tokenizer has {VOCABULARY} words and gives {CAPTION_TOKENS} tokens; remove "
+            "model.text.vocab_size and model.text.context_length"
+        )
+    return config
 
 
 def to_dict(config: Any) -> dict:

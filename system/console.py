@@ -63,12 +63,31 @@ class Console:
 
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr for the other long commands; hands out the function that takes (done, total, note)."""
+    """Progress of the other long commands, on stderr; hands out the function that takes (done, total, note).
+
+    On a terminal a bar, which is gone at the end; elsewhere a line every PLAIN_EVERY_SECONDS.
+    """
+    console = RichConsole(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield _plain_lines(label, console)
+        return
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, console=RichConsole(stderr=True)) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(label, total=None, note="")
 
         def report(done: int, total: int, note: str) -> None:
             progress.update(task, completed=done, total=total, note=note)
 
         yield report
+
+
+def _plain_lines(label: str, console: RichConsole) -> Callable[[int, int, str], None]:
+    last = time.monotonic()
+
+    def report(done: int, total: int, note: str) -> None:
+        nonlocal last
+        if time.monotonic() - last > PLAIN_EVERY_SECONDS:
+            last = time.monotonic()
+            console.print(f"{label} {done}/{total}  {note}", markup=False, soft_wrap=True)
+
+    return report

@@ -13,18 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from cluster.errors import ConfigError, DataError
-from system.commands import Args, Result, Rows, verdict
+from system.commands import Args, Result, Rows, cell, verdict
 from system.console import progress_bar
 
 _KNOB = re.compile(r"[a-z_]\w*=")
 _SHOWN = 20
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoKnobs:
-    """No settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +69,6 @@ class RemoveConfig:
 def dataset_verify(args: Args) -> Result:
     from data_pipeline.catalog import verify_dataset
 
-    text_knobs(args.knobs, NoKnobs, "dataset verify")
     problems = {args.dataset: verify_dataset(args.dataset)}
     return verdict(problems, args.dataset, "data set", DataError.exit_code)
 
@@ -162,7 +156,6 @@ def dataset_merge(args: Args) -> Result:
 def dataset_diff(args: Args) -> Result:
     from data_pipeline.diff import diff_datasets
 
-    text_knobs(args.knobs, NoKnobs, "dataset diff")
     with progress_bar("compared") as bar:
         data = diff_datasets(args.a, args.b, bar)
     rows: list[tuple[str, Any]] = [("in both, the same", f"{data['same']:,}")]
@@ -174,12 +167,12 @@ def dataset_diff(args: Args) -> Result:
     return Result(data, Rows(f"A {args.a}\nB {args.b}", ("what", "found"), rows).table())
 
 
-def text_knobs(words: Iterable[str], kind: type[T], command: str) -> T:
-    """The settings `words` as a `kind`, a flat dataclass of texts, whole numbers and choices.
+def text_knobs(words: Iterable[str], kind: type[T], where: str) -> T:
+    """The settings `words` of the command `where` as a `kind`, a flat dataclass of texts, whole numbers and
+    choices.
 
     Raises ConfigError for an unknown, missing, repeated or impossible setting.
     """
-    where = f"maskclip {command}"
     types, values = typing.get_type_hints(kind), {}
     for word in words:
         key, separator, value = word.partition("=")
@@ -245,9 +238,9 @@ def _first(names: tuple[str, ...]) -> str:
 
 
 def _stat(value: Any) -> str:
-    if isinstance(value, dict):
-        return "  ".join(f"{key} {_stat(item)}" for key, item in value.items()) or "none"
-    return f"{value:,}" if isinstance(value, int | float) else str(value)
+    if isinstance(value, dict) and value:
+        return "  ".join(f"{key} {_stat(item)}" for key, item in value.items())
+    return f"{value:,}" if type(value) is int else cell(value)
 
 
 def _example(example: dict[str, Any]) -> str:

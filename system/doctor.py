@@ -13,6 +13,7 @@ import sysconfig
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from packaging.requirements import Requirement
 
 from cluster.errors import MaskClipError
-from cluster.store import ObjectStore, open_store
+from cluster.store import ObjectStore, StoreConfig, open_store
 from model.attention import resolve_backend
 
 DISTRIBUTION = "maskclip"
@@ -35,6 +36,8 @@ SHM_WARN = GIB
 OPEN_FILES_WARN = 4096
 IMPORT_SECONDS = 180
 RACERS = 8
+# A store that is away shall be told within a minute.
+STORE = StoreConfig(deadline_seconds=15.0, attempts=3)
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -46,6 +49,8 @@ class Check:
     detail: str
     fix: str = ""
     """What to do; empty when there is nothing to do."""
+    exit_code: int = 0
+    """What the command ends with, where this check says so itself."""
 
 
 def run_checks(uri: str | None = None) -> list[Check]:
@@ -223,12 +228,16 @@ def _store(uri: str) -> list[Check]:
     folder = None if "://" in uri else Path(uri)
     new_folders = _missing_folders(folder) if folder else []
     try:
-        store = open_store(uri)
+        store = open_store(uri, STORE)
         return _probe(store)
     except MaskClipError as error:
         return [
             Check(
-                "store", "fail", str(error), "check the uri, AWS_ENDPOINT_URL, the credentials and the bucket"
+                "store",
+                "fail",
+                str(error),
+                "check the uri, AWS_ENDPOINT_URL, the credentials and the bucket",
+                error.exit_code,
             )
         ]
     finally:
@@ -246,13 +255,17 @@ def _probe(store: ObjectStore) -> list[Check]:
     """Write, race, read back, list and delete one object: what every commit of a manifest rests on."""
     key = f"maskclip-doctor-{uuid.uuid4().hex}"
     values = [f"racer {index}".encode() for index in range(RACERS)]
+    store.exists(key)  # one failure, before eight at once
     try:
         with ThreadPoolExecutor(RACERS) as pool:
             won = list(pool.map(lambda value: store.put_if_absent(key, value), values))
         kept = store.get(key)
         listed = any(item.key == key for item in store.list(key))
-    finally:
-        store.delete(key)
+    except MaskClipError:
+        with suppress(MaskClipError):  # what failed first is the news
+            store.delete(key)
+        raise
+    store.delete(key)
     checks = [Check("store", "ok", f"{store.uri}: writes, reads, lists and deletes")]
     if not listed:
         checks = [

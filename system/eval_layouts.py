@@ -5,3 +5,4 @@ from typing import Literal
 Layout = Literal["auto", "dataset", "folder", "webdataset", "segmentation"]
 Task = Literal["retrieval", "zero_shot", "knn", "linear_probe", "masked", "segmentation"]
 Tower = Literal["student", "teacher"]
+Dense = Literal["value", "plain"]

@@ -9,7 +9,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,12 +22,12 @@ from system.encoder import Encoder, Report, Share
 from system.eval_layouts import Task
 from system.eval_open import detect_layout, open_set
 from system.evaluation import FeatureEvaluation, address
-from system.evaluation_config import FEATURE_TASKS, MeasureConfig
+from system.evaluation_config import FEATURE_TASKS, EvaluateConfig
 from system.evaluation_examples import retrieval_examples
 from system.evaluation_view import headline
 from system.export import load_trained
 from system.masked_eval import evaluate_masked, load_distillation
-from system.patch_eval import Dense, MaskedImages, evaluate_segmentation, open_masks
+from system.patch_eval import MaskedImages, evaluate_segmentation, open_masks
 from system.run_folder import load_run_config
 from system.zero_shot import class_embeddings, read_templates
 
@@ -37,34 +37,6 @@ VERSION = 2
 NO_ATTEMPT = 0
 
 Progress = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(MeasureConfig):
-    checkpoint: int | None = None
-    """Step of the checkpoint; none means the newest committed one."""
-    every: bool = False
-    """Evaluate all committed checkpoints of the run, oldest first."""
-    steps: tuple[int, ...] = ()
-    """Evaluate the checkpoints of these steps."""
-    pictures: int = 24
-    """Example retrievals to keep with the result: half for images, half for texts."""
-    dense: Dense = "value"
-    """Patch features for segmentation: value (of the last block, as Zhou et al. 2022) or plain."""
-    output: str | None = None
-    """Local folder for scores.png and scores.json; none writes neither."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.pictures < 0:
-            raise ValueError("pictures is at least 0; change pictures")
-        if sum((self.every, bool(self.steps), self.checkpoint is not None)) > 1:
-            raise ValueError("give one of checkpoint, steps and every")
-
-    @property
-    def several(self) -> bool:
-        """Whether it is about a list of checkpoints."""
-        return self.every or bool(self.steps)
 
 
 def evaluate(run_uri: str, config: EvaluateConfig, progress: Progress | None = None) -> dict:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from system.eval_layouts import Layout, Task, Tower
+from system.eval_layouts import Dense, Layout, Task, Tower
 
 FEATURE_TASKS: tuple[Task, ...] = ("retrieval", "zero_shot", "knn", "linear_probe")
 TRAINING_TASKS: tuple[Task, ...] = ("retrieval", "zero_shot", "knn")
@@ -86,3 +86,33 @@ class EvaluationConfig(MeasureConfig):
             )
         if self.layout == "segmentation":
             raise ValueError("in training only images with captions or classes; change evaluation.layout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(MeasureConfig):
+    """`maskclip evaluate`: which checkpoints, and what is kept of the result."""
+
+    checkpoint: int | None = None
+    """Step of the checkpoint; none means the newest committed one."""
+    every: bool = False
+    """Evaluate all committed checkpoints of the run, oldest first."""
+    steps: tuple[int, ...] = ()
+    """Evaluate the checkpoints of these steps."""
+    pictures: int = 24
+    """Example retrievals to keep with the result: half for images, half for texts."""
+    dense: Dense = "value"
+    """Patch features for segmentation: value (of the last block, as Zhou et al. 2022) or plain."""
+    output: str | None = None
+    """Local folder for scores.png and scores.json; none writes neither."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pictures < 0:
+            raise ValueError("pictures is at least 0; change pictures")
+        if sum((self.every, bool(self.steps), self.checkpoint is not None)) > 1:
+            raise ValueError("give one of checkpoint, steps and every")
+
+    @property
+    def several(self) -> bool:
+        """Whether it is about a list of checkpoints."""
+        return self.every or bool(self.steps)

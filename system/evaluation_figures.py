@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cluster.errors import ConfigError
-from system.evaluation_view import Score, scores
+from system.evaluation_view import scores
 
 PICTURE, NUMBERS = "scores.png", "scores.json"
 _STYLE: dict[Any, Any] = {
@@ -53,13 +53,13 @@ def _bars(result: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(7.5, 1.0 + 0.32 * len(found)), layout="constrained")
     axes = figure.add_subplot()
     places = range(len(found))
-    axes.barh(places, [_shown(s, s.value) for s in found], color="#4c72b0", height=0.62)
+    axes.barh(places, [_percent(s.value) for s in found], color="#4c72b0", height=0.62)
     for place, score in zip(places, found, strict=True):
         if score.interval is not None:
-            ends = [_shown(score, end) for end in score.interval]
+            ends = [_percent(end) for end in score.interval]
             axes.plot(ends, [place, place], color="black", linewidth=1.2)
         if score.chance is not None:
-            axes.plot([_shown(score, score.chance)] * 2, [place - 0.36, place + 0.36], color=_CHANCE)
+            axes.plot([_percent(score.chance)] * 2, [place - 0.36, place + 0.36], color=_CHANCE)
     axes.set_yticks(places, [f"{s.task}: {s.label}" for s in found])
     axes.invert_yaxis()
     axes.set_xlabel("% (cosines times 100); black: 95 % interval, red: chance")
@@ -78,7 +78,7 @@ def _curves(results: Sequence[dict[str, Any]]) -> Figure:
         for measure in measures:
             _line(axes, results, task, measure)
         axes.set_title(task, loc="left")
-        axes.set_xlabel("step")
+        axes.set_xlabel("step (band: 95 % interval, dotted: chance)")
         axes.set_ylabel("%")
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         axes.legend(frameon=False)
@@ -93,9 +93,8 @@ def _line(axes: Axes, results: Sequence[dict[str, Any]], task: str, measure: str
         if (score.task, score.measure) == (task, measure)
     ]
     steps = [step for step, _ in points]
-    (line,) = axes.plot(
-        steps, [_shown(s, s.value) for _, s in points], marker="o", markersize=3, label=measure
-    )
+    values = [_percent(score.value) for _, score in points]
+    (line,) = axes.plot(steps, values, marker="o", markersize=3, label=points[0][1].label)
     colour = line.get_color()
     if all(score.interval is not None for _, score in points):
         low, high = zip(*((s.interval[0], s.interval[1]) for _, s in points if s.interval), strict=True)
@@ -106,5 +105,5 @@ def _line(axes: Axes, results: Sequence[dict[str, Any]], task: str, measure: str
         )
 
 
-def _shown(score: Score, value: float) -> float:
+def _percent(value: float) -> float:
     return 100 * value

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -33,12 +34,19 @@ class Score:
         return f"R@{self.measure[1:]}" if self.measure in CUTOFFS else self.measure
 
     @property
+    def kind(self) -> str:
+        """The task without the number of its classes."""
+        return self.task.partition(",")[0]
+
+    @property
     def shown(self) -> str:
         return self._text(self.value)
 
     @property
     def shown_interval(self) -> str:
-        return "" if self.interval is None else " - ".join(map(self._text, self.interval))
+        if self.interval is None:
+            return ""
+        return f"{self._text(self.interval[0]).removesuffix(' %')} - {self._text(self.interval[1])}"
 
     @property
     def shown_chance(self) -> str:
@@ -81,7 +89,7 @@ def _scores(task: str, part: dict[str, Any], measures: Sequence[str]) -> list[Sc
     return [
         Score(
             task,
-            measure.replace("_", " "),
+            measure.removeprefix("mean_").replace("_", " "),
             part[measure],
             tuple(intervals[measure]) if measure in intervals else None,
             chance.get(measure),
@@ -120,8 +128,8 @@ def render(result: dict[str, Any]) -> RenderableType:
     """One result as a table for the terminal."""
     data = result["data"]
     title = f"step {result['step']}, {result['tower']} tower, {data['samples']} images of {data['uri']}"
-    table = Table(title=title, title_justify="left")
-    for column in ("task", "measure", "result", "95 % interval", "chance", "times chance"):
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("task", "measure", "result", "95 % interval", "chance", "x chance"):
         table.add_column(column, justify="left" if column in ("task", "measure") else "right")
     for score in scores(result):
         shown = (score.shown, score.shown_interval, score.shown_chance, score.shown_ratio)
@@ -132,12 +140,11 @@ def render(result: dict[str, Any]) -> RenderableType:
 def render_several(results: Sequence[dict[str, Any]]) -> RenderableType:
     """Results of several checkpoints: a row for each, a column for each number."""
     first = results[0]
-    title = f"{first['tower']} tower on {first['data']['uri']}"
-    table = Table(title=title, title_justify="left")
+    title = f"{first['tower']} tower, {first['data']['samples']} images of {first['data']['uri']}, in %"
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("step", justify="right")
     for score in scores(first):
-        table.add_column(f"{score.task}\n{score.label}", justify="right")
+        table.add_column(f"{score.kind.replace('-', ' ')}\n{score.label}", justify="right", overflow="fold")
     for result in results:
-        numbers = [score.shown for score in scores(result)]
-        table.add_row(f"{result['step']:,}", *numbers)
+        table.add_row(f"{result['step']:,}", *(score.shown.removesuffix(" %") for score in scores(result)))
     return table

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -26,7 +26,6 @@ from cluster.manifest import MANIFEST, Manifest, commit, file_entry, load, verif
 from cluster.store import ObjectStore, open_store
 from model import convert
 from model.config import ModelConfig
-from model.convert import Layout
 from model.objective import MaskClip
 from system.checkpoint import (
     FragmentReader,
@@ -35,9 +34,12 @@ from system.checkpoint import (
     open_checkpoint,
     read_parameters,
 )
-from system.config import TrainConfig, validate
+from system.config import TrainConfig
+from system.eval_layouts import Tower
+from system.export_config import ExportConfig
 from system.layout_files import DESCRIPTION, WEIGHTS, describe, layout_files
 from system.model_card import model_card, read_scores
+from system.recipe import validate
 from system.run_folder import load_run_config
 from system.safetensors_stream import write_tensors
 
@@ -45,20 +47,7 @@ KIND = "export"
 VERSION = 1
 CARD_FILE = "README.md"
 
-Tower = Literal["student", "teacher"]
 Get = Callable[[str], torch.Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    output: str
-    """Folder to write: a local path or s3://bucket/prefix."""
-    checkpoint: int | None = None
-    """Step of the checkpoint; none means the newest committed one."""
-    tower: Tower = "student"
-    """Whose image encoder: the student's, or its moving average, the teacher's."""
-    layout: Layout = "maskclip"
-    """Who shall load it: this package, Hugging Face's CLIPModel or open_clip."""
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,15 @@ its first step on; what older attempts did at or after that step is superseded: 
 if it counted.
 """
 
+import os
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from cluster.errors import Hang, MaskClipError, ObjectNotFound
-from cluster.events import read_events
+from cluster.events import decode_events, newest_attempt, read_claim, read_events
 from cluster.store import ObjectStore
 
 
@@ -45,6 +48,8 @@ class Attempt:
     """Steps of this attempt that a newer one trained again."""
     resumed_step: int | None
     """Step of the checkpoint it went on from; None: from scratch."""
+    started: bool
+    """It got as far as the first step; else it was refused, stopped or killed before that."""
     facts: dict[str, Any] = field(default_factory=dict)
     """processes, zero_stage, precision and whatever else its start event says."""
 
@@ -118,6 +123,58 @@ def load_history(run: ObjectStore) -> History:
             f"{run.uri}: there is no run here (no config.json, no events); check the path of the run"
         )
     return build_history(run.uri, events)
+
+
+@dataclass(frozen=True)
+class LastWords:
+    """How one attempt went, without reading all of it."""
+
+    resumed_step: int | None
+    steps_done: int | None
+    """The last applied step of the run; None if this attempt applied none."""
+    loss: float | None
+    """Of that step, if it is finite."""
+    ends: tuple[tuple[int, str], ...]
+    """(exit code, reason) of each rank that left an end, by rank."""
+
+
+def own_attempt(run: ObjectStore, since: float) -> int | None:
+    """The attempt that a child of this process claimed after `since` (Unix seconds); None if none did."""
+    for number in range(newest_attempt(run), 0, -1):
+        try:
+            claim = read_claim(run, number)
+        except ObjectNotFound:
+            continue
+        if claim["host"] == socket.gethostname() and claim["time"] < since:
+            return None
+        if (claim["host"], claim.get("parent")) == (socket.gethostname(), os.getpid()):
+            return number
+    return None
+
+
+def last_words(run: ObjectStore, attempt: int) -> LastWords:
+    """Of its first rank the first segment and the last ones back to the last step; of the others the last."""
+    segments: dict[str, list[str]] = {}
+    for info in run.list(f"events/attempt-{attempt:04d}/"):
+        segments.setdefault(info.key.rpartition("/")[0], []).append(info.key)
+    ranks = [sorted(segments[rank]) for rank in sorted(segments)]
+    ends, resumed, last = [], None, None
+    for place, keys in enumerate(ranks):
+        end = decode_events(run.get(keys[-1]))
+        ends += [(e["exit_code"], str(e["reason"])) for e in end if e["name"] == "attempt_ended"]
+        if place == 0:
+            first = decode_events(run.get(keys[0]))
+            resumed = next((e.get("resumed_step") for e in first if e["name"] == "attempt_started"), None)
+            for key in reversed(keys):
+                steps = [event for event in decode_events(run.get(key)) if event["kind"] == "scalar"]
+                if steps:
+                    last = steps[-1]
+                    break
+    if last is None:
+        return LastWords(resumed, None, None, tuple(ends))
+    loss = last.get("loss")
+    finite = isinstance(loss, int | float) and isfinite(loss)
+    return LastWords(resumed, last["step"], loss if finite else None, tuple(ends))
 
 
 def build_history(uri: str, events: Iterable[dict]) -> History:
@@ -203,6 +260,7 @@ def _attempt(number: int, events: list[dict], own: list[StepRecord]) -> Attempt:
         last_step=own[-1].step if own else None,
         superseded_steps=sum(not record.live for record in own),
         resumed_step=facts.pop("resumed_step", None),
+        started=bool(starts),
         facts=facts,
     )
 

@@ -11,8 +11,7 @@ from typing import Any
 from cluster.errors import ConfigError
 from data_pipeline import tokenizer
 from model import convert
-from model.config import ModelConfig
-from model.convert import Layout
+from model.config import Layout, ModelConfig
 from model.vision import IMAGE_MEAN, IMAGE_STD
 from system.config import to_dict
 

@@ -10,8 +10,7 @@ import yaml
 
 from cluster.errors import DataError
 from cluster.store import ObjectStore
-from model.config import ModelConfig
-from model.convert import Layout
+from model.config import Layout, ModelConfig
 from system.checkpoint import step_folder
 from system.config import TrainConfig, to_dict
 

@@ -23,7 +23,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +36,8 @@ from data_pipeline.decode import UndecodableImage, decode_rgb, resize_rgb
 from model.vision import VisionTower
 from system.encoder import Encoder, Report, no_report
 from system.eval_data import SEGMENTATION_CLASSES, is_image, listing_digest, stored_lines
+from system.eval_layouts import Dense
 from system.scoring import mean_interval
-
-Dense = Literal["value", "plain"]
 
 IGNORED = 255
 IMAGES, MASKS = "images/", "masks/"

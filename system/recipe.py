@@ -56,7 +56,9 @@ def _parse_yaml(text: str, where: str) -> Any:
         reason = " ".join(str(error).split())
     else:
         return value
-    raise ConfigError(f"{where[:200]}: not valid YAML ({reason}); correct the recipe")
+    raise ConfigError(
+        f"{where if len(where) <= 100 else where[:97] + '...'}: not valid YAML ({reason}); correct the recipe"
+    )
 
 
 def parse_overrides(overrides: list[str]) -> list[tuple[list[str], Any]]:
@@ -120,7 +122,9 @@ def _explain(problem: Any, recipe: bool) -> str:
     if problem["type"] == "value_error":
         return f"{start}{message}"
     shown = repr(problem["input"])
-    return f"{start}{message[0].lower()}{message[1:]}, not {shown if len(shown) < 100 else shown[:100] + '...'}"
+    return (
+        f"{start}{message[0].lower()}{message[1:]}, not {shown if len(shown) <= 100 else shown[:97] + '...'}"
+    )
 
 
 def read_recipe(path: str) -> dict:

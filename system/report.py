@@ -36,6 +36,7 @@ _EXIT_WORDS = {
     77: "hang",
     130: "interrupted",
 }
+_REFUSALS = (64, 65, 66)
 # Stops that are part of a run's normal life: it is meant to go on from them.
 _HARMLESS = (75, 130)
 # What the line of an evaluation says besides its retrieval: fact of the event -> name.
@@ -219,7 +220,7 @@ def _verdict(facts: dict[str, Any], history: History) -> dict[str, str]:
             "headline": "Not started",
             "detail": "The run has a configuration and no events.",
         }
-    newest = facts["attempts"][-1]
+    newest = _state(facts["attempts"])
     done, wanted = facts["steps_done"], facts["steps_wanted"]
     saved = max((mark.step for mark in history.checkpoints), default=0)
     detail = f"{done:,} of {wanted:,} steps" if wanted else _count(done, "step")
@@ -233,6 +234,16 @@ def _verdict(facts: dict[str, Any], history: History) -> dict[str, str]:
     if newest["level"] != "good":
         headline += f": {newest['outcome']}"
     return {"level": newest["level"], "headline": headline, "detail": detail + "."}
+
+
+def _state(attempts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The attempt that says how the run stands. One that never got to a step does not, if the run had ended
+    before, or if it was refused (wrong settings, data or checkpoint)."""
+    for attempt in reversed(attempts[1:]):
+        refused = attempt["exit_code"] in _REFUSALS
+        if attempt["started"] or not (refused or any(row["exit_code"] == 0 for row in attempts)):
+            return attempt
+    return attempts[0]
 
 
 def _attempt_row(attempt: Attempt, *, newest: bool) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from typing import Any
 
 from cluster.errors import CheckpointIncompatible, ManifestMismatch, ObjectNotFound
 from cluster.store import ObjectStore
-from system.config import TrainConfig, digest, identity, to_dict, validate
+from system.config import TrainConfig, digest, identity, to_dict
+from system.recipe import validate
 
 RECORD = "config.json"
 
@@ -38,13 +39,35 @@ def claim_run(
     if run.put_if_absent(RECORD, json.dumps(description, indent=1, sort_keys=True).encode()):
         return
     known = json.loads(run.get(RECORD))
+    _check(run, known, config, dataset_digest)
+    if known.get("initial_weights") != initial_weights:
+        raise CheckpointIncompatible(
+            f"{run.uri}: this run began from weights with SHA-256 {known.get('initial_weights')}, "
+            f"{config.init.uri} has {initial_weights}; put those back or choose a new run.uri"
+        )
+
+
+def check_run(run: ObjectStore, config: TrainConfig, dataset_digest: str) -> None:
+    """What `claim_run` would refuse of a run that is there already, its weights apart; writes nothing.
+
+    Raises:
+        ManifestMismatch, CheckpointIncompatible: as `claim_run`.
+    """
+    try:
+        record = run.get(RECORD)
+    except ObjectNotFound:
+        return
+    _check(run, json.loads(record), config, dataset_digest)
+
+
+def _check(run: ObjectStore, known: dict[str, Any], config: TrainConfig, dataset_digest: str) -> None:
     if known["dataset"] != dataset_digest:
         raise ManifestMismatch(
             f"{run.uri}: this run began on the data set with manifest digest {known['dataset'][:12]}, "
             f"{', '.join(part.uri for part in config.data.parts)} has {dataset_digest[:12]}; "
             "give the same data set or a new run.uri"
         )
-    if known["identity"] != description["identity"]:
+    if known["identity"] != digest(identity(config)):
         before, now = (
             identity(validate(TrainConfig, known["config"], f"{run.uri}/{RECORD}")),
             identity(config),
@@ -54,11 +77,6 @@ def claim_run(
         raise CheckpointIncompatible(
             f"{run.uri}: this run has another configuration: {changes}; "
             "keep these keys or choose a new run.uri"
-        )
-    if known.get("initial_weights") != initial_weights:
-        raise CheckpointIncompatible(
-            f"{run.uri}: this run began from weights with SHA-256 {known.get('initial_weights')}, "
-            f"{config.init.uri} has {initial_weights}; put those back or choose a new run.uri"
         )
 
 

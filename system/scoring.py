@@ -17,6 +17,7 @@ import torch
 RESAMPLES = 2000
 LEVEL = 0.95
 _QUANTILES = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+_DRAWN_CELLS = 1 << 22
 TOPS = {"top1": 1, "top5": 5}
 
 
@@ -33,11 +34,18 @@ def share_interval(hits: int, total: int, key: str) -> list[float]:
 
 
 def class_mean_interval(hits_C: np.ndarray, total_C: np.ndarray, key: str) -> list[float]:
-    """Interval of the mean over classes of hits / total, each class resampled within itself."""
-    draw, sums_R = generator(key), np.zeros(RESAMPLES)
-    for hits, total in zip(hits_C.tolist(), total_C.tolist(), strict=True):
-        sums_R += draw.binomial(total, hits / total, RESAMPLES) / total
-    return [float(value) for value in np.quantile(sums_R / len(total_C), _QUANTILES)]
+    """Interval of the mean over classes of hits / total; a class that a resample leaves out is not in its
+    mean."""
+    cells_2C = np.stack([hits_C, total_C - hits_C])
+    draw, means = generator(key), []
+    queries, shares = int(total_C.sum()), cells_2C.ravel() / total_C.sum()
+    at_once = max(1, _DRAWN_CELLS // len(shares))
+    for start in range(0, RESAMPLES, at_once):
+        drawn = draw.multinomial(queries, shares, size=min(at_once, RESAMPLES - start))
+        hits_rC, misses_rC = drawn.reshape(len(drawn), 2, -1).swapaxes(0, 1)
+        seen_rC = hits_rC + misses_rC
+        means.append((hits_rC / np.maximum(seen_rC, 1)).sum(axis=1) / (seen_rC > 0).sum(axis=1))
+    return [float(value) for value in np.quantile(np.concatenate(means), _QUANTILES)]
 
 
 def mean_interval(values_Q: Sequence[float] | np.ndarray, key: str) -> list[float]:

@@ -1,13 +1,16 @@
 """One process of a training job, from its configuration to its end."""
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 from cluster.errors import exit_code_of
+from cluster.events import EventLog
+from cluster.stop import StopRequest
 from cluster.store import open_store
 from cluster.world import World
-from system.agreement import peer_lost
+from system.agreement import lost_peers_named, same_on_all_ranks, stop_if_asked
 from system.build import build_trainer, open_event_log, process_group
-from system.config import TrainConfig
+from system.config import TrainConfig, digest, to_dict
 
 
 def train(config: TrainConfig) -> None:
@@ -18,27 +21,37 @@ def train(config: TrainConfig) -> None:
         MaskClipError: see `Trainer.fit`; also wrong configuration, data set or checkpoint.
     """
     world = World.from_env()
-    with process_group(world):
+    with process_group(world), StopRequest() as stop, lost_peers_named(stop):
+        same_on_all_ranks("configuration", digest(to_dict(config)))
+        stop_if_asked(stop)
         run = open_store(config.run.uri, config.store)
-        with open_event_log(run, world, config.run.event_seconds) as events:
-            reason, code = "finished", 0
-            try:
-                with build_trainer(config, world, run, events) as (trainer, loader):
-                    resumed = trainer.resume()
-                    events.instant(
-                        "attempt_started",
-                        processes=world.size,
-                        zero_stage=config.engine.zero_stage,
-                        precision=config.engine.precision,
-                        resumed_step=resumed,
-                    )
-                    with closing(loader.batches(trainer.steps_done, config.run.steps)) as batches:
-                        trainer.fit(batches)
-            except BaseException as error:
-                known = peer_lost(error) or error
-                reason, code = f"{type(known).__name__}: {known}", exit_code_of(known)
-                if known is not error:
-                    raise known from error
-                raise
-            finally:
-                events.instant("attempt_ended", reason=reason, exit_code=code)
+        with (
+            open_event_log(run, world, config.run.event_seconds) as events,
+            end_logged(events),
+            lost_peers_named(stop),
+            build_trainer(config, world, run, events, stop) as (trainer, loader),
+        ):
+            resumed = trainer.resume()
+            stop_if_asked(stop)
+            events.instant(
+                "attempt_started",
+                processes=world.size,
+                zero_stage=config.engine.zero_stage,
+                precision=config.engine.precision,
+                resumed_step=resumed,
+            )
+            with closing(loader.batches(trainer.steps_done, config.run.steps)) as batches:
+                trainer.fit(batches)
+
+
+@contextmanager
+def end_logged(events: EventLog) -> Iterator[None]:
+    """Whatever ends the attempt stands in the log."""
+    reason, code = "finished", 0
+    try:
+        yield
+    except BaseException as error:
+        reason, code = f"{type(error).__name__}: {error}", exit_code_of(error)
+        raise
+    finally:
+        events.instant("attempt_ended", reason=reason, exit_code=code)

@@ -3,6 +3,7 @@ for whole."""
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,9 @@ def recipe(tmp_path_factory) -> Path:
         (("train", "RECIPE", "run.steps"), ("run.steps", "key=value")),
         (("train", "RECIPE", "data.uri=ftp://host/set"), ("ftp://host/set",)),
         (("preprocess", "RECIPE"), ("maskclip train", "maskclip preprocess")),
-        (("train",), ("recipe", "--help")),
+        (("train", "RECIPE", "data.window_shards=0"), ("data.window_shards",)),
+        (("train", "RECIPE", "run.uri=x", "data.uri=x"), ("run.uri x", "data set x")),
+        (("train",), ("required: recipe;", "--help")),
         (("fly",), ("fly", "--help")),
         (("evaluate", "RUN", "dato=x"), ("dato", "unknown key")),
     ],
@@ -81,13 +84,24 @@ def test_broken_tar_is_65_and_nothing_is_committed(tmp_path):
     assert json.loads(done.stdout)["samples"] == 200
 
 
+def test_a_link_to_itself_and_another_archive_in_the_input_are_65(tmp_path):
+    loop, other = tmp_path / "loop", tmp_path / "other"
+    loop.mkdir()
+    (loop / "00000.tar").symlink_to("00000.tar")
+    refused(65, *preprocess_words(loop, tmp_path / "set1"), says=("00000.tar", "symbolic link"))
+    other.mkdir()
+    with zipfile.ZipFile(other / "00000.tar", "w") as archive:
+        archive.writestr("a.jpg", b"x")
+    refused(65, *preprocess_words(other, tmp_path / "set2"), says=("00000.tar", "is no tar but a zip"))
+
+
 def test_no_input_and_all_rejected_are_65(tmp_path):
     empty, hopeless = tmp_path / "empty", tmp_path / "hopeless"
     empty.mkdir()
     refused(65, *preprocess_words(empty, tmp_path / "set1"), says=(str(empty),))
     hopeless.mkdir()
     write_tar(hopeless / "00000.tar", [("a.jpg", b"no picture"), ("a.txt", b"caption")])
-    refused(65, *preprocess_words(hopeless, tmp_path / "set2"), says=("empty", "undecodable"))
+    refused(65, *preprocess_words(hopeless, tmp_path / "set2"), says=("empty", "not_an_image"))
     assert not (tmp_path / "set2/manifest.json").exists()
 
 

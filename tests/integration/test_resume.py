@@ -70,7 +70,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(tmp_path,
     undisturbed, damaged = tmp_path / "undisturbed", tmp_path / "damaged"
     train(recipe, undisturbed, train_data)
     train_until_killed(recipe, damaged, train_data, point="step", step=10)
-    victim = damaged / "checkpoints/step-000000008/rank-00001.safetensors"
+    victim = damaged / "checkpoints/step-000000008/rank-00001.attempt-0001.safetensors"
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)

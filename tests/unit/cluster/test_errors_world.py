@@ -12,6 +12,7 @@ from cluster.world import World
 
 CODES = {
     "ConfigError": 64,
+    "Superseded": 64,
     "DataError": 65,
     "ShardCorrupt": 65,
     "ManifestMismatch": 65,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from cluster import local_launch
+from cluster.errors import Interrupted, Preempted
 from cluster.local_launch import run_local
-from cluster.stop import StopRequest
+from cluster.stop import StopRequest, stop_raises
 
 ROOT = Path(__file__).parents[3]
 
@@ -161,6 +163,87 @@ def test_no_child_outlives_a_killed_launcher(tmp_path: Path) -> None:
     launcher.kill()
     launcher.wait()
     wait_until_gone(pids)
+
+
+STARTING = """
+import os, sys, time
+from cluster.stop import end_at_once
+if sys.argv[2] == "ready":
+    end_at_once()
+open(f"{sys.argv[1]}/{os.environ['RANK']}", "w").write(str(os.getpid()))
+if sys.argv[2] == "late":
+    time.sleep(0.5)
+    end_at_once()
+time.sleep(1000)
+"""
+LAUNCH_AND_SAY = """
+import sys
+from cluster.errors import Interrupted, Preempted
+from cluster.local_launch import run_local
+try:
+    run_local([sys.executable, "-c", *sys.argv[1:]], 2, None)
+except (Interrupted, Preempted) as error:
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize("child", ["ready", "late"])
+def test_children_that_are_still_starting_end_without_a_word(
+    tmp_path: Path, number: signal.Signals, expected: int, child: str
+) -> None:
+    launcher = subprocess.Popen(
+        python(LAUNCH_AND_SAY, STARTING, tmp_path, child), cwd=ROOT, stderr=subprocess.PIPE
+    )
+    pids = [int(file.read_text()) for file in wait_for_files(tmp_path, 2)]
+    launcher.send_signal(number)
+    _, errors = launcher.communicate(timeout=60)
+    assert (launcher.returncode, errors) == (expected, b"")
+    wait_until_gone(pids)
+
+
+PARENT = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+open(f"{sys.argv[1]}/{os.environ['RANK']}", "w").write(str(child.pid))
+time.sleep(1000 if sys.argv[2] == "stay" else 0)
+"""
+
+
+@pytest.mark.skipif(not Path("/bin/sh").exists(), reason="the watcher is a shell")
+def test_no_grandchild_outlives_a_killed_launcher(tmp_path: Path) -> None:
+    launcher = subprocess.Popen(python(LAUNCH, PARENT, tmp_path, "stay"), cwd=ROOT, start_new_session=True)
+    pids = [int(file.read_text()) for file in wait_for_files(tmp_path, 2)]
+    os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    wait_until_gone(pids)
+
+
+def test_no_grandchild_outlives_its_parent_and_the_launcher(tmp_path: Path) -> None:
+    assert run_local(python(PARENT, tmp_path, "go"), 2, None) == 0
+    wait_until_gone([int(file.read_text()) for file in wait_for_files(tmp_path, 2)])
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, Interrupted), (signal.SIGTERM, Preempted)])
+def test_a_signal_leaves_a_block_as_its_error(number: signal.Signals, kind: type[Exception]) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(kind, match="go on"), stop_raises("go on"):
+        signal.raise_signal(number)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def swallowed(number: signal.Signals) -> None:
+    """As some libraries do while they are imported."""
+    with contextlib.suppress(BaseException):
+        signal.raise_signal(number)
+
+
+def test_a_signal_that_was_swallowed_is_not_forgotten() -> None:
+    with stop_raises("go on") as check:
+        check()
+        swallowed(signal.SIGTERM)
+        with pytest.raises(Preempted):
+            check()
 
 
 def test_a_stop_request_is_a_flag() -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import ConfigError, ObjectNotFound, StorageUnavailable
-from cluster.store import ObjectInfo, ObjectStore, StoreConfig, open_store
+from cluster.errors import ConfigError, DataError, ObjectNotFound, StorageUnavailable
+from cluster.store import ObjectInfo, ObjectStore, StoreConfig, normal_uri, open_store, overlap
 from tests.support.s3_server import S3Server
 from tests.unit.cluster import children
 
@@ -171,9 +171,34 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_store("s3://bucket/").uri == "s3://bucket"
     assert open_store("s3://bucket/a/").child("b").uri == "s3://bucket/a/b"
     (tmp_path / "file").touch()
-    for uri in ("", "gs://bucket/x", "s3://", "file://host/x", "http://x", str(tmp_path / "file")):
-        with pytest.raises(ConfigError):
-            open_store(uri)
+    refused = ("", "gs://bucket/x", "s3://", "s3://x/..", "file://host/x", "http://x", "a\nb", "~no-such/x")
+    for uri in refused:
+        for check in (open_store, normal_uri):
+            with pytest.raises(ConfigError):
+                check(uri)
+    assert normal_uri(str(tmp_path / "file")) == f"{tmp_path}/file"
+    with pytest.raises(ConfigError, match="is a file"):
+        open_store(str(tmp_path / "file"))
+
+
+def test_addresses_overlap_where_one_is_or_holds_the_other(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("a")
+    for one, other in (("a", "a/"), ("a/b", "a"), ("a", "c/../a/b"), ("link/b", "a"), (".", "a")):
+        assert overlap(f"{tmp_path}/{one}", f"file://{tmp_path}/{other}")
+        assert overlap(f"{tmp_path}/{other}", f"{tmp_path}/{one}")
+    assert overlap("s3://b", "s3://b/x")
+    for one, other in (("a", "ab"), ("a/b", "a/c"), ("s3://b/x", "s3://b/xy"), ("s3://b/x", "b/x")):
+        assert not overlap(one, other)
+
+
+def test_a_link_to_itself_is_bad_data_and_not_a_fault_of_the_store(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.put("b", b"")
+    (tmp_path / "a").symlink_to("a")
+    with pytest.raises(DataError, match=f"{tmp_path}/a: is a symbolic link that leads back to itself"):
+        store.list()
+    with pytest.raises(ObjectNotFound):
+        store.get("a")
 
 
 def test_a_kill_while_writing_leaves_no_half_object(tmp_path: Path) -> None:

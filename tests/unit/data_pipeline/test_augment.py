@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from PIL import Image
 
 from data_pipeline.augment import AugmentConfig, crop_box, crop_boxes, eval_view, train_view
 from data_pipeline.decode import UndecodableImage, crop_resize_rgb
+from tests.support.raw_input import noise
 from tests.support.small_dataset import picture
 
 CFG = AugmentConfig(image_size=32)
@@ -106,6 +108,20 @@ def test_the_scaled_decode_shows_the_same_picture(size: tuple[int, int]) -> None
     ]:
         # A crop begins and ends at whole pixels of the scaled image, which shows where that is small.
         assert np.mean(np.abs(fast.astype(int) - slow.astype(int))) < (2 if min(size) > 100 else 6)
+
+
+@pytest.mark.parametrize("side", [60, 47, 32, 20, 48, 63])
+def test_a_view_that_shrinks_by_less_than_two_is_as_good_as_an_average(side: int) -> None:
+    pixels = np.asarray(noise(side, side, seed=side))
+    averaged = cv2.resize(pixels, (32, 32), interpolation=cv2.INTER_AREA)
+    error = eval_view(encoded(Image.fromarray(pixels)), 32).astype(float) - averaged
+    assert 10 * np.log10(255**2 / max(np.mean(error**2), 1e-9)) > 35
+    cv2.setUseOptimized(False)
+    try:
+        plain = eval_view(encoded(Image.fromarray(pixels)), 32)
+    finally:
+        cv2.setUseOptimized(True)
+    assert np.array_equal(plain, eval_view(encoded(Image.fromarray(pixels)), 32))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])

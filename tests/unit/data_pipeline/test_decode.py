@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline import decode
-from data_pipeline.decode import UndecodableImage, crop_resize_rgb, decode_rgb, resize_rgb
+from data_pipeline.decode import PixelMemory, UndecodableImage, crop_resize_rgb, decode_rgb, resize_rgb
 from data_pipeline.header import read_header
 from tests.support.raw_input import encode, noise
 
@@ -66,6 +66,25 @@ def test_fast_chroma_does_not_show_once_the_image_is_halved() -> None:
     fine, fast = decode_rgb(data), decode_rgb(data, fast_chroma=True)
     assert not np.array_equal(fine, fast)
     assert psnr(resize_rgb(fine, (256, 192)), resize_rgb(fast, (256, 192))) > 45
+
+
+def test_kept_memory_changes_no_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger, smaller, scaled, broken and other images after one another leave nothing behind."""
+    memory, jpeg = PixelMemory(), encode(noise(64, 48))
+    sizes = [(64, 48), (320, 200), (31, 77), (320, 200)]
+    images = [encode(noise(*size, seed=k)) for k, size in enumerate(sizes)] + [encode(noise(40, 40), "PNG")]
+    for data in images:
+        with pytest.raises(UndecodableImage):
+            decode_rgb(jpeg[: len(jpeg) // 2], memory=memory)
+        for at_least in (None, (1, 1)):
+            alone = decode_rgb(data, at_least=at_least)
+            assert np.array_equal(decode_rgb(data, at_least=at_least, memory=memory), alone)
+    first = decode_rgb(images[0], memory=memory)
+    assert np.shares_memory(first, decode_rgb(images[2], memory=memory))
+    monkeypatch.setattr(decode, "MOST_KEPT_BYTES", 3 * 64 * 48)
+    memory = PixelMemory()
+    large = decode_rgb(images[1], memory=memory)
+    assert not np.shares_memory(large, decode_rgb(images[0], memory=memory))
 
 
 def test_other_formats_ignore_the_scale() -> None:

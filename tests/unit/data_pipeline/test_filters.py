@@ -25,7 +25,7 @@ from data_pipeline.records import Reject, SourceRow
 from data_pipeline.sources import REASONS as SOURCE_REASONS
 from data_pipeline.sources import SourceConfig
 from data_pipeline.table_source import TableConfig
-from system.config import validate
+from system.recipe import validate
 from tests.support.raw_input import encode, noise
 
 

@@ -3,6 +3,7 @@ are clean."""
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import pickle
@@ -304,10 +305,12 @@ def test_settings_that_make_no_sense_are_refused(uri: str) -> None:
         loader(uri, batch=10)
     with pytest.raises(ValueError, match="rank 2 is not in a world of 2"):
         loader(uri, rank=2, world=2)
-    with pytest.raises(ValueError, match="workers is -1"):
-        LoaderConfig(workers=-1)
-    for name in ("prefetch", "lookahead", "transfers"):
-        with pytest.raises(ValueError, match=f"{name} is 0: set it to"):
+    for workers in (-1, 100_000):
+        with pytest.raises(ValueError, match=f"workers is {workers}: set data.loader.workers to"):
+            LoaderConfig(workers=workers)
+    for name in ("prefetch", "cache_bytes", "lookahead", "transfers"):
+        with pytest.raises(ValueError, match=f"{name} is 0: set data.loader.{name} to"):
             replace(LoaderConfig(), **{name: 0})
-    with pytest.raises(ValueError, match="tombstone_seconds is -1"):
-        LoaderConfig(tombstone_seconds=-1)
+    for seconds in (-1, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"set data\.loader\.tombstone_seconds to"):
+            LoaderConfig(tombstone_seconds=seconds)

@@ -12,10 +12,12 @@ import pyarrow.ipc
 import pytest
 
 from cluster.errors import ConfigError, ManifestMismatch, ObjectNotFound, ShardCorrupt
+from cluster.manifest import Manifest, commit, file_entry
 from cluster.store import open_store
 from data_pipeline.catalog import load_dataset
 from data_pipeline.dataset_reader import DatasetReader
-from data_pipeline.records import ShardFormat, shard_names
+from data_pipeline.records import DATASET_KIND, DATASET_VERSION, ShardFormat, shard_names
+from data_pipeline.row_checksum import rows_are_whole
 from data_pipeline.shard_reader import ShardReader
 from data_pipeline.shard_writer import write_shard
 from tests.support.small_dataset import flip_byte, sample, write_dataset
@@ -220,17 +222,63 @@ def test_what_is_no_index_is_named(tmp_path: Path, content: bytes, error: type[E
         ShardReader(tmp_path / "a.tar", index)
 
 
-def test_every_flipped_bit_of_an_arrow_shards_rows_is_found(tmp_path: Path) -> None:
-    """Captions and ids lie in the shard itself, so a bit of them must not pass either."""
+def test_no_flipped_bit_of_an_arrow_shard_changes_what_is_read(tmp_path: Path) -> None:
+    """Captions, ids and where the images lie are in the shard itself, so opening it must prove them."""
     write_dataset(str(tmp_path), [3], "arrow")
     path = tmp_path / "shard-000000.arrow"
-    whole = path.read_bytes()
-    for needle in (b"picture number 1", b"small/00002", sample(0).id.to_bytes(8, "little")):
+    whole, written = path.read_bytes(), [sample(number) for number in range(3)]
+    images = {at for row in range(3) for at in range(place(path, row)[0], sum(place(path, row)))}
+    rows = [at for at in range(len(whole)) if at not in images][::3]
+    found = []
+    for number, at in enumerate(rows):
+        data = bytearray(whole)
+        data[at] ^= 1 << number % 8
+        path.write_bytes(data)
+        try:
+            read = list(local_reader(tmp_path).samples(np.zeros(3, np.int64), np.arange(3)))
+        except ShardCorrupt as error:
+            found.append(str(error))
+        else:  # a bit that fills up, or one that Arrow has no use for
+            assert [(s.id, s.caption, bytes(s.image)) for _, s in read] == [
+                (s.id, s.caption, s.image) for s in written
+            ]
+    assert len(found) > len(rows) / 2
+    assert all(path.name in message for message in found)
+    for needle in (b"picture number 1", b"small/00002", written[0].id.to_bytes(8, "little")):
         data = bytearray(whole)
         data[data.index(needle)] ^= 1
-        path.write_bytes(bytes(data))
+        path.write_bytes(data)
         with pytest.raises(ShardCorrupt, match=r"shard-000000\.arrow"):
             local_reader(tmp_path).get(0, 0)
+
+
+def test_opening_an_arrow_shard_reads_none_of_its_images(tmp_path: Path) -> None:
+    """Its cost must not grow with them; a damaged one is found when it is read."""
+    write_dataset(str(tmp_path), [3], "arrow")
+    path = tmp_path / "shard-000000.arrow"
+    path.write_bytes(flipped(path))
+    reader = local_reader(tmp_path)
+    assert reader.get(0, 0).image == sample(0).image
+    with pytest.raises(ShardCorrupt, match=r"sample '00001' .* has a wrong checksum"):
+        reader.get(0, 1)
+
+
+def test_an_arrow_shard_without_checksums_is_proven_whole(tmp_path: Path) -> None:
+    path = tmp_path / "shard-000000.arrow"
+    write_shard([sample(number) for number in range(3)], path, path, "arrow")
+    table = pyarrow.ipc.open_file(path).read_all()
+    with pyarrow.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table)
+    shards = [{"name": path.name, "index_name": path.name, "num_samples": 3, "size": path.stat().st_size}]
+    counts = {"rows_in": 3, "kept": 3, "dropped": 0}
+    meta = {"format": "arrow", "shards": shards, "recipe": {}, "counts": counts}
+    files = (file_entry(path, path.name),)
+    commit(open_store(str(tmp_path)), Manifest(DATASET_KIND, DATASET_VERSION, files, meta))
+    assert not rows_are_whole(path, 3)
+    assert local_reader(tmp_path).get(0, 2).caption == sample(2).caption
+    path.write_bytes(flipped(path))
+    with pytest.raises(ShardCorrupt, match=r"shard-000000\.arrow: sha256"):
+        local_reader(tmp_path).get(0, 2)
 
 
 def test_a_missing_file_is_named(folder: Path, format: ShardFormat) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 from cluster.errors import DataError
 from data_pipeline import shard_writer
 from data_pipeline.records import INDEX_SCHEMA, SHARD_SCHEMA, Sample, ShardFormat, sample_id
+from data_pipeline.row_checksum import rows_are_whole
 from data_pipeline.shard_writer import json_text, write_shard
 from tests.support.raw_input import encode, noise
 
@@ -83,6 +84,8 @@ def test_an_arrow_shard_holds_all_of_it(tmp_path: Path, monkeypatch: pytest.Monk
     table = pyarrow.ipc.open_file(pa.memory_map(str(path))).read_all()
     assert table.schema.equals(SHARD_SCHEMA, check_metadata=True)
     assert [batch.num_rows for batch in table.to_batches()] == [4, 2]
+    assert rows_are_whole(path, 6)
+    assert not rows_are_whole(path, 5)
     for row, expected in zip(table.to_pylist(), SAMPLES, strict=True):
         assert row["image"] == expected.image
         assert row["image_crc32"] == zlib.crc32(expected.image)
@@ -139,6 +142,7 @@ def test_an_empty_shard_is_valid(tmp_path: Path, format: ShardFormat) -> None:
         with tarfile.open(tmp_path / "a.tar") as tar:
             assert tar.getmembers() == []
     assert pyarrow.ipc.open_file(str(index)).read_all().num_rows == 0
+    assert rows_are_whole(index, 0) == (format == "arrow")
 
 
 def test_members_of_one_name_never_meet(tmp_path: Path) -> None:

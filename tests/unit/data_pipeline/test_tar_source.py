@@ -157,3 +157,26 @@ def test_long_and_non_ascii_names_are_read(tmp_path: Path) -> None:
     names = ["très/" + "long" * 60, "日本語", "emoji 🦊"]
     path = write_tar(tmp_path / "0.tar", [file for i, key in enumerate(names) for file in members(key, i)])
     assert keys(path) == names
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        (b"PK\x03\x04" + b"\0" * 600, "a zip"),
+        (b"PK\x03\x04", "a zip"),
+        (b"\x1f\x8b\x08" + b"z" * 2000, "compressed by gzip"),
+        (b"PAR1" + b"z" * 2000, "a Parquet table"),
+        (b"x" * 4096, "no header at byte 0"),
+    ],
+)
+def test_another_file_under_the_name_of_a_tar_is_said_to_be_one(
+    tmp_path: Path, data: bytes, what: str
+) -> None:
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(ShardCorrupt, match=rf"a\.tar: is no tar.* {what}"):
+        keys(tmp_path / "a.tar")
+
+
+def test_a_tar_that_begins_as_a_zip_would_is_read(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", members("PK\x03\x04", 0))
+    assert keys(path) == ["PK\x03\x04"]

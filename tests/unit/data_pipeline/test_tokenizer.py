@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline import tokenizer as tokenizer_module
 from data_pipeline.tokenizer import EOT, SOT, Tokenizer, load_merges
 
 GOLDEN = Path(__file__).parents[2] / "data" / "clip_tokens.json"
@@ -151,6 +152,20 @@ def test_golden_captions(tokenizer: Tokenizer, reference: Reference) -> None:
 @settings(max_examples=300, deadline=None)
 def test_any_text(caption: str) -> None:
     assert _TOKENIZER.encode([caption]).tolist() == [framed(_REFERENCE(caption))]
+
+
+@given(caption=st.text(st.characters(codec="ascii"), max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_any_ascii(caption: str) -> None:
+    """Its words are remembered: the second time is the first time again."""
+    expected = [framed(_REFERENCE(caption))] * 2
+    assert _TOKENIZER.encode([caption] * 2).tolist() == expected
+
+
+def test_a_full_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_module, "_KEPT_WORDS", 2)
+    captions = ["a photo of a cat", "a diagram, isn't it?", "x" * 100] * 2
+    assert Tokenizer().encode(captions).tolist() == [framed(_REFERENCE(caption)) for caption in captions]
 
 
 _TOKENIZER, _REFERENCE = Tokenizer(), Reference()

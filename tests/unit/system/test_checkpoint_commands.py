@@ -55,7 +55,7 @@ def test_list_and_show(run, checkpoint):
 
 def test_one_broken_manifest_is_that_steps_problem(run, checkpoint):
     (run / f"checkpoints/{step_folder(FIRST)}/manifest.json").write_bytes(b"{")
-    rows = checkpoint("list", run)
+    rows = checkpoint("list", run, code=CheckpointIncompatible.exit_code)
     assert "manifest" in rows[0]["problem"]
     assert "digest" in rows[1]
     found = checkpoint("verify", run, code=CheckpointIncompatible.exit_code)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from cluster.store import open_store
 from data_pipeline.takedown import load_tombstones
+from system import console
 from system.cli import main
-from system.commands import duration, preprocess_note
+from system.commands import cell, duration, preprocess_note
+from system.console import progress_bar
 from tests.support.small_dataset import flip_byte
 from tests.support.small_set import small_sample, write_set
 
@@ -33,7 +38,15 @@ def loaded(*words: str) -> list[str]:
     return json.loads(done.stdout.splitlines()[-1].replace("'", '"'))
 
 
-@pytest.mark.parametrize("words", [("--help",), ("dataset", "stats", "--help"), ("train", "--help")])
+EMOJI = "configs/emoji.yaml"
+COMMANDS = ("preprocess", "train", "evaluate", "export", "report", "config", "doctor", "demo")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--help",), ("--version",), ("dataset", "stats", "--help"), ("config", EMOJI)]
+    + [(command, "--help") for command in COMMANDS],
+)
 def test_help_loads_nothing_heavy(words: tuple[str, ...]) -> None:
     assert loaded(*words) == []
 
@@ -131,6 +144,140 @@ def test_wrong_settings_are_64_and_one_line(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("maskclip")]
     assert len(lines) == 1
     assert says in lines[0]
+
+
+def helped(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "listed"),
+    [
+        (
+            ("train",),
+            ("run.steps: whole number", "model.vision.width", "default by model.preset", "optimizer.lr"),
+        ),
+        (("preprocess",), ("shards.samples_per_shard", "source.table.url_column")),
+        (("evaluate",), ("data: text; required", "linear_probe")),
+        (("export",), ("output: text; required", "open_clip")),
+        (("report",), ("output",)),
+        (("dataset", "remove"), ("by: url | sha256 | id | source; required",)),
+        (("dataset", "merge"), ("output: text; required",)),
+    ],
+)
+def test_help_lists_the_settings(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], listed: tuple[str, ...]
+) -> None:
+    text = helped(capsys, *words, "--help")
+    assert [one for one in listed if one not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "positional"),
+    [
+        (("doctor",), ("r",)),
+        (("demo",), ("f",)),
+        (("checkpoint", "list"), ("r",)),
+        (("checkpoint", "verify"), ("r",)),
+        (("dataset", "verify"), ("d",)),
+        (("dataset", "diff"), ("a", "b")),
+    ],
+)
+def test_a_command_without_settings_offers_none_and_refuses_any(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], positional: tuple[str, ...]
+) -> None:
+    assert "key=value" not in helped(capsys, *words, "--help")
+    assert main([*words, *positional, "x=1"]) == 64
+    assert "x=1: unknown key" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert helped(capsys, "--version").split() == ["maskclip", version("maskclip")]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("train",), "maskclip: the following arguments are required: recipe; see `maskclip train --help`"),
+        (("export", "run"), "maskclip: export: output: missing, give output=..."),
+        (("evaluate", "run"), "maskclip: evaluate: data: missing, give data=..."),
+        (("dataset", "merge", "a", "b"), "maskclip: dataset merge: output: missing, give output=..."),
+        (
+            ("config", EMOJI, "run.seed=1", "run.seed=2"),
+            "maskclip: run.seed: given twice on the command line",
+        ),
+    ],
+)
+def test_what_is_missing_is_said_once(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(words) == 64
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_config_prints_a_recipe_that_it_takes_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for recipe in (EMOJI, "configs/emoji_train_data.yaml"):
+        assert main(["config", recipe]) == 0
+        first = capsys.readouterr().out
+        assert first.startswith("command: ")
+        (tmp_path / "again.yaml").write_text(first)
+        assert main(["config", str(tmp_path / "again.yaml")]) == 0
+        assert capsys.readouterr().out == first
+
+
+def test_progress_in_a_log_file_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with progress_bar("copied") as bar:
+        bar(0, 10, "")
+        bar(10, 10, "all")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(console, "PLAIN_EVERY_SECONDS", -1.0)
+    with progress_bar("copied") as bar:
+        bar(3, 10, "[1/2]")
+    assert capsys.readouterr() == ("", "copied 3/10  [1/2]\n")
+
+
+def test_progress_on_a_terminal_leaves_nothing() -> None:
+    code = (
+        "from system.console import progress_bar\n"
+        "with progress_bar('copied') as bar:\n    bar(1, 2, 'half')\n    raise SystemExit(0)\n"
+    )
+    ours, theirs = os.openpty()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stderr=theirs, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal whose other side is closed
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    assert done.returncode == 0
+    assert b"half" in shown
+    assert shown.endswith((b"\x1b[2K", b"\x1b[2K\r"))  # its lines are erased
+
+
+def test_a_table_shows_numbers_to_four_digits_and_collections_in_words() -> None:
+    shown = [cell(value) for value in (1.23456789012, 12345.678, 7, True, None, {}, [], "[/x]")]
+    assert shown == ["1.235", "12,345.7", "7", "yes", "none", "none", "none", "[/x]"]
+    assert cell({"min": 64, "mean": 64.123456}) == "min 64  mean 64.12"
+    assert cell([0.5, "a"]) == "0.5, a"
+
+
+def test_a_path_with_brackets_is_printed_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "[bold]" / "[" / "x]"
+    write_set(folder)
+    for action in ("verify", "stats"):
+        assert main(["dataset", action, str(folder)]) == 0
+        assert "[bold]" in capsys.readouterr().out
 
 
 def test_the_progress_of_a_preprocess_job_says_rate_drops_and_time_left() -> None:

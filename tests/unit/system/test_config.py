@@ -6,7 +6,21 @@ import pytest
 
 from cluster.errors import ConfigError
 from data_pipeline.preprocess import PreprocessConfig
-from system.config import digest, identity, load_recipe, load_train_recipe, to_dict, validate
+from data_pipeline.tokenizer import CONTEXT_LENGTH, VOCAB_SIZE
+from system.config import (
+    CAPTION_TOKENS,
+    VOCABULARY,
+    TrainConfig,
+    digest,
+    flatten,
+    identity,
+    load_train_recipe,
+    to_dict,
+)
+from system.evaluation_config import EvaluateConfig
+from system.export_config import ExportConfig
+from system.recipe import load_recipe, parse_overrides, validate
+from system.settings_help import settings
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 EMOJI = str(CONFIGS / "emoji.yaml")
@@ -52,8 +66,188 @@ def test_an_error_names_the_dotted_path(knob, path):
     assert path in message(knob)
 
 
+@pytest.mark.parametrize(
+    "knob",
+    [
+        "data.global_batch=0",
+        "data.global_batch=-96",
+        "data.streams=0",
+        "data.window_shards=0",
+        "data.crop_scale=[1, 0.5]",
+        "data.crop_scale=[0, 0]",
+        "data.crop_scale=[.nan, 1]",
+        "data.loader.cache_bytes=-1",
+        "data.loader.workers=100000",
+        "data.loader.tombstone_seconds=.nan",
+        "optimizer.lr=.nan",
+        "optimizer.lr=.inf",
+        "optimizer.lr=-1",
+        "optimizer.lr=1e400",
+        "optimizer.warmup_steps=-1",
+        "optimizer.betas=[2, 3]",
+        "optimizer.eps=0",
+        "optimizer.weight_decay=.inf",
+        "optimizer.weight_decay=-1",
+        "optimizer.gradient_clip=-1",
+        "optimizer.gradient_clip=.nan",
+        "optimizer.layer_decay=0",
+        "teacher.temperature_warmup=-1",
+        "teacher.momentum_end=1",
+        "engine.max_refused_steps=-1",
+        "checkpoint.every_steps=0",
+        "run.event_seconds=.nan",
+        "run.event_seconds=.inf",
+        "run.steps=-5",
+        "run.steps=10000000000000000000000",
+        "run.seed=-1",
+        "run.processes=0",
+        "run.processes=100000",
+        "store.deadline_seconds=.inf",
+        "store.deadline_seconds=0",
+        "store.attempts=0",
+        "store.backoff_seconds=-1",
+        "model.distill.weight=.nan",
+        "model.distill.weight=-1",
+        "model.mlm.weight=.inf",
+        "model.vision.layer_scale=.nan",
+        "model.text.vocab_size=10",
+        "model.text.context_length=100000",
+        "evaluation.temperature=.nan",
+    ],
+)
+def test_an_impossible_number_is_refused_by_its_key(knob):
+    assert knob.partition("=")[0] in message(knob)
+
+
+def test_what_the_tokenizer_gives_is_what_the_model_must_take():
+    assert (VOCABULARY, CAPTION_TOKENS) == (VOCAB_SIZE, CONTEXT_LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("knob", "says"),
+    [
+        ("run.uri=s3://", "no bucket"),
+        ("run.uri=ftp://x/y", "ftp"),
+        ("run.uri=''", "empty"),
+        ('run.uri="a\\nb"', "line break"),
+        ("data.uri=~nobody-of-that-name/x", "no such user"),
+        ("init.uri=gs://x", "gs"),
+    ],
+)
+def test_an_address_that_no_store_has_is_refused_by_its_key(knob, says):
+    found = message(knob)
+    assert knob.partition("=")[0] in found
+    assert says in found
+
+
+@pytest.mark.parametrize(
+    ("run", "data"),
+    [
+        ("sets/a", "sets/a"),
+        ("sets/a/run", "sets/a"),
+        ("sets", "sets/a"),
+        ("x/../sets/a/", "sets/a"),
+        ("link/run", "sets/a"),
+        ("s3://b/sets/a", "s3://b/sets/a/"),
+        ("s3://b", "s3://b/sets"),
+    ],
+)
+def test_run_and_data_set_do_not_lie_one_in_the_other(tmp_path, monkeypatch, run, data):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sets/a").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("sets/a")
+    assert "run.uri" in message(f"run.uri={run}", f"data.uri={data}")
+    mixed = f"data.mix=[{{uri: other, weight: 1}}, {{uri: '{data}', weight: 1}}]"
+    assert "run.uri" in message(f"run.uri={run}", "data.uri=''", mixed)
+    load_train_recipe(EMOJI, [f"run.uri={run}-1", f"data.uri={data}-2"])
+
+
+def test_a_saved_run_is_read_wherever_it_lies():
+    config = to_dict(load_train_recipe(EMOJI, []))
+    config["run"]["uri"] = config["data"]["uri"]
+    assert validate(TrainConfig, config, "saved").run.uri == config["data"]["uri"]
+
+
 def test_exponents_without_a_dot_are_numbers():
     assert load_train_recipe(EMOJI, ["optimizer.lr=1e-4"]).optimizer.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *((number, float(number)) for number in ("1e-4", "1.", ".5", "-2.5E+3", "012.5", "1e400")),
+        *((number, int(number)) for number in ("0", "-12", "+7", "1_000")),
+        *((word, word) for word in ("012", "0o14", "0x10", "1:30", "no", "on", "Yes", "2024-01-01", "e5")),
+        ("true", True),
+        ("False", False),
+        ("null", None),
+        ("", None),
+        ("-.inf", float("-inf")),
+        ("[no, 012]", ["no", "012"]),
+        ('{a: "1"}', {"a": "1"}),
+    ],
+)
+def test_values_are_read_as_yaml_1_2_without_what_versions_disagree_in(text, value):
+    ((path, read),) = parse_overrides([f"a.b={text}"])
+    assert (path, read, type(read)) == (["a", "b"], value, type(value))
+
+
+def test_a_number_that_begins_with_0_is_no_number():
+    assert "run.seed" in message("run.seed=012")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [*a]",
+        "a: &a {b: *a}",
+        "[" * 100_000,
+        "a: !!binary aGk=",
+        "a: !!set {b}",
+        "a: !!timestamp x",
+        "a: !!bool maybe",
+        "a: !!int x",
+        "a: " + "9" * 5000,
+        "? [a]\n: b",
+    ],
+)
+def test_what_has_no_plain_values_is_no_recipe(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert "not valid YAML" in message(recipe=str(path))
+    if text.startswith("a: "):
+        assert "not valid YAML" in message(f"run={text[3:]}")
+
+
+def test_a_setting_that_undoes_another_is_an_error():
+    assert "run.seed: given twice" in message("run.seed=1", "run.seed=1")
+    assert "model.preset" in message("model.preset=test", "model={preset: tiny}")
+    config = load_train_recipe(EMOJI, ["model={preset: test}", "model.vision.layers=3", "run.seed=1"])
+    assert (config.model.preset, config.model.vision.layers) == ("test", 3)
+
+
+def test_without_a_recipe_nothing_says_to_add_to_it():
+    with pytest.raises(ConfigError) as caught:
+        validate(ExportConfig, {}, "export", recipe=False)
+    assert str(caught.value) == "export: output: missing, give output=..."
+
+
+def test_help_lists_every_setting_with_type_bounds_default_and_text():
+    listed = {one.key: one for one in settings(TrainConfig, {})}
+    config = load_train_recipe(EMOJI, [])
+    assert set(flatten(to_dict(config))) - {"command"} == set(listed)
+    assert [one.key for one in listed.values() if not one.text] == []
+    steps = listed["run.steps"]
+    assert (steps.kind, steps.default) == ("whole number, at least 1, at most 999999999", "required")
+    assert "cannot be made longer" in steps.text
+    assert listed["engine.precision"].kind == "fp32 | bf16"
+    assert (listed["optimizer.betas"].default, listed["data.mix"].kind) == (
+        "[0.9, 0.98]",
+        "list of {uri, weight}",
+    )
+    evaluate = {one.key: one for one in settings(EvaluateConfig, {})}
+    assert evaluate["data"].text.startswith("Images to evaluate on")  # of the base class
+    assert "required with source.table" in {one.default for one in settings(PreprocessConfig, {})}
 
 
 def test_a_key_that_stands_twice_is_an_error(tmp_path):

@@ -1,5 +1,6 @@
 """What the doctor says of this machine, and of stores that are good, bad or away."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -7,9 +8,10 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from cluster.errors import StorageUnavailable
 from cluster.store import StoreConfig
 from cluster.store_local import LocalStore
-from system import doctor
+from system import cli, doctor
 from system.doctor import Check, run_checks
 
 
@@ -52,6 +54,34 @@ def test_address_that_is_no_store(tmp_path: Path):
         (check,) = store_checks(uri).values()
         assert check.status == "fail"
         assert check.fix
+
+
+def test_a_store_that_is_away_is_69_and_says_what_failed_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    monkeypatch.setattr(doctor, "_deepspeed", list)  # seconds of import, and not what this is about
+    assert cli.main(["doctor", "s3://bucket/prefix", "--json"]) == 69
+    failed = [check for check in json.loads(capsys.readouterr().out) if check["status"] == "fail"]
+    assert [check["name"] for check in failed] == ["store"]
+    assert "delete" not in failed[0]["detail"]
+
+
+class Full(LocalStore):
+    """Everything that it is asked to write or delete fails."""
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        raise StorageUnavailable("the disk is full")
+
+    def delete(self, key: str) -> None:
+        raise StorageUnavailable("cannot delete")
+
+
+def test_the_first_failure_is_told_and_not_that_of_the_cleaning_up(tmp_path: Path):
+    with pytest.raises(StorageUnavailable, match="the disk is full"):
+        doctor._probe(Full(str(tmp_path), StoreConfig()))
 
 
 class Careless(LocalStore):

@@ -1,5 +1,8 @@
 """What a run's event log says about its attempts, steps and checkpoints."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -7,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import ObjectNotFound
-from cluster.events import EventLog
+from cluster.events import EventLog, claim_attempt
 from cluster.store import open_store
-from system.history import build_history, load_history
+from system.history import LastWords, build_history, last_words, load_history, own_attempt
 from tests.support.small_run import CHECKPOINTS, KILLED_AFTER, STEPS, write_events
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_killed_and_resumed_run(tmp_path: Path):
@@ -46,6 +51,44 @@ def test_a_run_without_events_is_empty(tmp_path: Path):
     run.put("config.json", b"{}")
     history = load_history(run)
     assert (history.attempts, history.steps, history.last_step) == ((), (), None)
+
+
+def test_last_words_are_those_of_the_whole_log(tmp_path: Path):
+    run = open_store(str(tmp_path))
+    write_events(run)
+    first, second = last_words(run, 1), last_words(run, 2)
+    assert (first.resumed_step, first.steps_done, first.ends) == (None, KILLED_AFTER, ())
+    assert (second.resumed_step, second.steps_done) == (CHECKPOINTS[0], STEPS)
+    assert second.loss == pytest.approx(5.0 / STEPS + 0.02)
+    assert second.ends == ((0, "finished"), (0, "finished"))
+
+
+def test_last_words_of_many_segments_and_of_none(tmp_path: Path):
+    run = open_store(str(tmp_path))
+    assert last_words(run, 1) == LastWords(None, None, None, ())
+    log = EventLog(run, 1, 0, flush_seconds=60)
+    log.instant("attempt_started", resumed_step=4)
+    for step in (5, 6):
+        log.scalar(step, loss=float("nan") if step == 6 else 1.0)
+        log.flush()
+    for _ in range(3):
+        log.instant("checkpoint_failed", step=6)
+        log.flush()
+    log.instant("attempt_ended", reason="Preempted: stopped", exit_code=75)
+    log.close()
+    assert last_words(run, 1) == LastWords(4, 6, None, ((75, "Preempted: stopped"),))
+
+
+def test_an_attempt_is_known_by_who_started_it(tmp_path: Path):
+    run, since = open_store(str(tmp_path)), time.time()
+    assert own_attempt(run, since) is None
+    claim = "from cluster.events import claim_attempt; from cluster.store import open_store; "
+    claim += f"print(claim_attempt(open_store({str(tmp_path)!r})))"
+    claim_attempt(run)  # by somebody else: our parent is not us
+    done = subprocess.run([sys.executable, "-c", claim], cwd=ROOT, capture_output=True, check=True)
+    claim_attempt(run)
+    assert own_attempt(run, since) == int(done.stdout) == 2
+    assert own_attempt(run, time.time()) is None
 
 
 def test_torn_lines_are_counted(tmp_path: Path):

@@ -56,5 +56,3 @@ def test_the_rate_falls_towards_the_embeddings(name: str, layers: int):
 
 def test_it_is_adamw():
     assert isinstance(build_optimizer(torch.nn.Linear(2, 2), OptimizerConfig()), torch.optim.AdamW)
-    with pytest.raises(ValueError, match=r"optimizer\.layer_decay"):
-        OptimizerConfig(layer_decay=0.0)

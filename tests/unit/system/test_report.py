@@ -150,6 +150,35 @@ def test_verdict_follows_the_newest_attempt(tmp_path: Path, reason, exit_code, l
     assert words in verdict["headline"]
 
 
+@pytest.mark.parametrize(
+    ("exit_code", "finished", "verdict"),
+    [
+        (66, True, "Finished"),
+        (69, True, "Finished"),
+        (None, True, "Finished"),
+        (66, False, "Not finished: preempted"),
+        (69, False, "Failed: storage"),
+    ],
+)
+def test_an_attempt_that_never_started_is_not_how_the_run_stands(
+    tmp_path: Path, exit_code: int | None, finished: bool, verdict: str
+):
+    run = open_store(str(tmp_path))
+    first, second = EventLog(run, 1, 0), EventLog(run, 2, 0)
+    first.instant("attempt_started", processes=1, resumed_step=None)
+    first.scalar(1, loss=1.0)
+    first.instant("attempt_ended", reason="end", exit_code=0 if finished else 75)
+    if exit_code is None:
+        second.instant("checkpoint_quarantined", step=1, problems=[])
+    else:
+        second.instant("attempt_ended", reason="no", exit_code=exit_code)
+    first.close()
+    second.close()
+    facts = summarise(load_run(run))
+    assert facts["verdict"]["headline"].startswith(verdict)
+    assert len(facts["attempts"]) == 2
+
+
 def test_a_run_that_only_has_a_configuration_has_a_page(tmp_path: Path):
     run = open_store(str(tmp_path / "run"))
     claim_run(run, run_config(run.uri, "somewhere"), "0" * 64)

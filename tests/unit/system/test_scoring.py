@@ -40,6 +40,25 @@ def test_sure_scores_have_no_width():
     assert class_mean_interval(np.array([4, 2]), np.array([4, 2]), "x") == [1.0, 1.0]
 
 
+def test_the_interval_of_a_class_mean_is_that_of_resampled_images():
+    hits, total = np.array([2, 5, 0]), np.array([3, 20, 4])
+    right = np.concatenate([np.arange(n) < h for h, n in zip(hits, total, strict=True)])
+    label, draw = np.repeat([0, 1, 2], total), generator("loop")
+    means = []
+    for _ in range(3000):
+        some = draw.integers(len(label), size=len(label))
+        seen = [right[some][label[some] == k].mean() for k in range(3) if (label[some] == k).any()]
+        means.append(np.mean(seen))
+    assert class_mean_interval(hits, total, "x") == pytest.approx(
+        np.quantile(means, [0.025, 0.975]), abs=0.03
+    )
+
+
+def test_one_image_per_class_does_not_make_a_class_mean_sure():
+    low, high = class_mean_interval(np.arange(100) % 2, np.ones(100, np.int64), "x")
+    assert low < 0.45 < 0.55 < high
+
+
 @given(data=st.data(), classes=st.integers(1, 9))
 @settings(max_examples=40, deadline=None)
 def test_scores_are_those_of_a_loop(data: st.DataObject, classes: int):
