@@ -17,7 +17,7 @@ from cluster.store import open_store
 from system.checkpoint import committed_steps
 from tests.integration.test_resume import assert_same_run
 from tests.support import save_rig
-from tests.support.runs import instants
+from tests.support.runs import instants, live_steps
 
 KILLED = -9
 
@@ -148,3 +148,19 @@ def test_killed_in_an_upload_to_s3(tmp_path, s3_env, undisturbed):
     restored = [e for e in read_events(open_store(run)) if e["name"] == "checkpoint_restored"]
     assert {event["step"] for event in restored} == {4}
     assert {event["store_bytes"] for event in restored} == {0}
+
+
+def test_another_topology_restores_the_same_state(tmp_path, undisturbed):
+    """ZeRO 1 on 2 ranks -> ZeRO 2 on 1 -> ZeRO 0 on 3: whoever verifies a file, all get what they need."""
+    rig(tmp_path, "step:7:0", background=False, pause=0.4)
+    rig(tmp_path, "step:11:0", background=False, pause=0.4, processes=1, zero_stage=2)
+    (last,) = rig(tmp_path, "whole", background=False, processes=3, zero_stage=0)
+    assert last == {"codes": [0] * 3, "committed": [4, 8, 12], "problems": []}
+    assert [event["resumed_step"] for event in instants(tmp_path, "attempt_started")] == [None, 4, 8]
+    ours, theirs = live_steps(tmp_path), live_steps(undisturbed)
+    for step in range(1, 13):
+        assert ours[step]["ids_digest"] == theirs[step]["ids_digest"]
+        assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-5)
+    compared = instants(tmp_path, "first_loss")
+    assert [event["same_topology"] for event in compared] == [False, False]
+    assert instants(tmp_path, "first_loss_off") == []

@@ -1,7 +1,7 @@
 """A run of several attempts, each of which may be killed at a named point, in forked ranks.
 
-``save_rig.py RUN CONFIG ATTEMPT...``: CONFIG is JSON (a checkpoint section), ATTEMPT is ``POINT:STEP:RANK``
-(see `faulty_rank.POINTS`) or ``whole``. The trainer, the checkpointer and the store are the real ones; only
+``save_rig.py RUN CONFIG ATTEMPT...``: CONFIG is JSON (a checkpoint section, and `processes`, `zero_stage`,
+`pause` in seconds before each step), ATTEMPT is ``POINT:STEP:RANK`` (see `faulty_rank.POINTS`) or ``whole``. The trainer, the checkpointer and the store are the real ones; only
 the batches are made up. Torch and DeepSpeed are imported once, so that an attempt takes seconds. Prints a
 line of JSON per attempt: exit codes (negative: the signal), committed steps, what is wrong with them.
 """
@@ -37,7 +37,7 @@ from system.trainer import Trainer
 from tests.support import faulty_rank
 from tests.support.engine_worker import GLOBAL_BATCH, made_up_batch, share
 
-STEPS, PROCESSES, PATIENCE_SECONDS = 12, 2, 60.0
+STEPS, PATIENCE_SECONDS = 12, 90.0
 
 
 def batches(first: int, world: World, pause: float) -> Iterator[dict[str, torch.Tensor]]:
@@ -47,13 +47,13 @@ def batches(first: int, world: World, pause: float) -> Iterator[dict[str, torch.
 
 
 def rank(run_uri: str, config: dict) -> None:
-    pause = config.pop("pause", 0.0)
+    pause, stage = config.pop("pause"), config.pop("zero_stage")
     whole = TrainConfig(
         run=RunConfig(uri=run_uri, steps=STEPS, seed=3),
         data=DataConfig(uri="none", global_batch=GLOBAL_BATCH, streams=1),
         model=preset("test"),
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2),
-        engine=EngineConfig(zero_stage=1, precision="fp32"),
+        engine=EngineConfig(zero_stage=stage, precision="fp32"),
         checkpoint=CheckpointConfig(**config),
     )
     world, run = World.from_env(), open_store(run_uri)
@@ -79,13 +79,13 @@ def rank(run_uri: str, config: dict) -> None:
         events.instant("attempt_ended", reason="finished", exit_code=0)
 
 
-def start(run_uri: str, config: dict, number: int, port: int, kill: str) -> int:
+def start(run_uri: str, config: dict, processes: int, number: int, port: int, kill: str) -> int:
     child = os.fork()
     if child:
         return child
     code = 0
     try:
-        ranks = {"RANK": number, "WORLD_SIZE": PROCESSES, "LOCAL_RANK": number, "LOCAL_WORLD_SIZE": PROCESSES}
+        ranks = {"RANK": number, "WORLD_SIZE": processes, "LOCAL_RANK": number, "LOCAL_WORLD_SIZE": processes}
         os.environ |= {name: str(value) for name, value in ranks.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         if kill != "whole":
@@ -101,14 +101,14 @@ def start(run_uri: str, config: dict, number: int, port: int, kill: str) -> int:
     os._exit(code)
 
 
-def attempt(run_uri: str, config: dict, kill: str) -> list[int]:
+def attempt(run_uri: str, config: dict, processes: int, kill: str) -> list[int]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    children = [start(run_uri, config, number, port, kill) for number in range(PROCESSES)]
+    children = [start(run_uri, config, processes, number, port, kill) for number in range(processes)]
     codes: dict[int, int] = {}
     give_up = time.monotonic() + PATIENCE_SECONDS
-    while len(codes) < PROCESSES:
+    while len(codes) < processes:
         for child in set(children) - codes.keys():
             pid, status = os.waitpid(child, os.WNOHANG)
             if pid:
@@ -124,9 +124,10 @@ def attempt(run_uri: str, config: dict, kill: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    settings = json.loads(sys.argv[2])
+    settings = {"pause": 0.0, "zero_stage": 1, **json.loads(sys.argv[2])}
+    processes = settings.pop("processes", 2)
     for wanted in sys.argv[3:]:
-        codes = attempt(sys.argv[1], settings, wanted)
+        codes = attempt(sys.argv[1], settings, processes, wanted)
         store = open_store(sys.argv[1])
         steps = committed_steps(store)
         found = [line for step in steps for line in check(store, step)]
