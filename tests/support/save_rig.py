@@ -1,9 +1,10 @@
 """A run of several attempts, each of which may be killed at a named point, in forked ranks.
 
 ``save_rig.py RUN CONFIG ATTEMPT...``: CONFIG is JSON (a checkpoint section, and `processes`, `zero_stage`,
-`pause` in seconds before each step), ATTEMPT is ``POINT:STEP:RANK`` (see `faulty_rank.POINTS`) or ``whole``. The trainer, the checkpointer and the store are the real ones; only
-the batches are made up. Torch and DeepSpeed are imported once, so that an attempt takes seconds. Prints a
-line of JSON per attempt: exit codes (negative: the signal), committed steps, what is wrong with them.
+`pause` in seconds before each step), ATTEMPT is ``POINT:STEP:RANK`` (see `faulty_rank.POINTS`) or ``whole``.
+The trainer, the checkpointer and the store are the real ones; only the batches are made up. Torch and
+DeepSpeed are imported once, so that an attempt takes seconds. Prints a line of JSON per attempt: exit codes
+(negative: the signal), committed steps, what is wrong with them.
 """
 
 import json
