@@ -80,6 +80,11 @@ def load(store: ObjectStore, kind: str, version: int = 1) -> Manifest:
 
     Raises ObjectNotFound when the folder is not committed, ManifestMismatch when it is not what is asked for.
     """
+    return load_with_bytes(store, kind, version)[0]
+
+
+def load_with_bytes(store: ObjectStore, kind: str, version: int = 1) -> tuple[Manifest, bytes]:
+    """As `load`, with the stored bytes, for who checks these themselves."""
     try:
         data = store.get(MANIFEST)
     except ObjectNotFound:
@@ -100,7 +105,7 @@ def load(store: ObjectStore, kind: str, version: int = 1) -> Manifest:
             f"{store.uri}: {kind} format {manifest.version} is newer than {version}, the newest that "
             "this program reads; update the program"
         )
-    return manifest
+    return manifest, data
 
 
 def verify(store: ObjectStore, manifest: Manifest, deep: bool = True) -> list[str]:

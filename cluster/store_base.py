@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,9 @@ class ObjectInfo(NamedTuple):
     key: str
     size: int
 
+
+Pieces = Callable[[], Iterator[bytes | memoryview]]
+"""The bytes of an object in order; every call begins again, for another attempt."""
 
 # `list` is also the name of a method below, so the builtin needs another name in annotations.
 Listing = list[ObjectInfo]
@@ -105,6 +109,14 @@ class ObjectStore(ABC):
     @abstractmethod
     def put_file(self, key: str, path: Path) -> None:
         """Write the object from a local file, in place of what was there; the file must exist."""
+
+    def put_pieces(self, key: str, pieces: Pieces) -> None:
+        """Write the object from pieces in memory, in place of what was there."""
+        with tempfile.TemporaryDirectory(prefix="maskclip-") as folder:
+            path = Path(folder, "object")
+            with path.open("wb") as out:
+                out.writelines(pieces())
+            self.put_file(key, path)
 
     @abstractmethod
     def put_if_absent(self, key: str, data: bytes) -> bool:

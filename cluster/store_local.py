@@ -21,6 +21,7 @@ from cluster.store_base import (
     Listing,
     ObjectInfo,
     ObjectStore,
+    Pieces,
     StoreConfig,
     checked_key,
     staged,
@@ -82,6 +83,9 @@ class LocalStore(ObjectStore):
                 shutil.copyfileobj(source, out, 1 << 20)
 
             self._put(key, copy)
+
+    def put_pieces(self, key: str, pieces: Pieces) -> None:
+        self._put(key, lambda out: out.writelines(pieces()))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         target = self._path(key)

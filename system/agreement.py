@@ -1,6 +1,5 @@
 """What the ranks of a run tell each other besides tensors: decisions of rank 0, and the verdict on a step."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,23 @@ def on_rank_zero(work: Callable[[], T]) -> T:
             box[1].agreed = True
         raise box[1]
     return box[0]
+
+
+def on_every_rank(work: Callable[[], T]) -> list[T]:
+    """Run `work` on all ranks and give every rank all results, by rank; or the first exception of any."""
+    mine: list = [None, None]
+    try:
+        mine[0] = work()
+    except Exception as error:
+        mine[1] = error
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for _, error in everyone:
+        if error is not None:
+            if isinstance(error, MaskClipError):
+                error.agreed = True
+            raise error
+    return [result for result, _ in everyone]
 
 
 def same_on_all_ranks(what: str, mine: str) -> None:
@@ -82,6 +98,8 @@ class Verdict:
     preempted: bool
     ids_digest: str
     """Hash of the (slot, sample id) pairs of the global batch; the same at any world size."""
+    others: tuple[int, ...] = ()
+    """Sums over the ranks of what else they had to say."""
 
 
 def peer_lost(error: BaseException) -> Hang | None:
@@ -92,8 +110,14 @@ def peer_lost(error: BaseException) -> Hang | None:
     return None
 
 
-def agree(loss: torch.Tensor, batch: dict[str, torch.Tensor], stop_reason: str | None) -> Verdict:
-    """One small all-reduce: non-finite loss anywhere? stop asked anywhere? which samples?"""
+def agree(
+    loss: torch.Tensor,
+    batch: dict[str, torch.Tensor],
+    stop_reason: str | None,
+    others: tuple[int, ...] = (),
+) -> Verdict:
+    """One small all-reduce: non-finite loss anywhere? stop asked anywhere? which samples? And whatever else
+    `others` counts."""
     real = batch["weight"] > 0
     pairs = _mix(batch["id"][real] ^ _mix(batch["slot"][real]))
     votes = torch.stack(
@@ -102,11 +126,13 @@ def agree(loss: torch.Tensor, batch: dict[str, torch.Tensor], stop_reason: str |
             torch.tensor(int(stop_reason == "interrupted")),
             torch.tensor(int(stop_reason == "preempted")),
             pairs.sum().cpu(),
+            *(torch.tensor(count) for count in others),
         ]
     ).to(loss.device)
     dist.all_reduce(votes)
-    non_finite, interrupted, preempted, digest = votes.tolist()
-    return Verdict(non_finite, interrupted > 0, preempted > 0, f"{digest & 0xFFFFFFFFFFFFFFFF:016x}")
+    non_finite, interrupted, preempted, digest, *sums = votes.tolist()
+    ids_digest = f"{digest & 0xFFFFFFFFFFFFFFFF:016x}"
+    return Verdict(non_finite, interrupted > 0, preempted > 0, ids_digest, tuple(sums))
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
@@ -114,19 +140,3 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
-
-
-def state_digest(named: list[tuple[str, int, torch.Tensor]]) -> str:
-    """Hash over all ranks of fp32 runs (name, start, values [length]), each element counted once; free of
-    topology."""
-    total = torch.zeros((), dtype=torch.int64)
-    for name, start, values in named:
-        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
-        bits = values.detach().cpu().contiguous().view(torch.int32).to(torch.int64)
-        position = torch.arange(start, start + bits.numel(), dtype=torch.int64)
-        total += _mix(bits ^ _mix(position + key)).sum()
-    total = total.reshape(1)
-    if dist.get_backend() == "nccl":
-        total = total.cuda()
-    dist.all_reduce(total)
-    return f"{int(total) & 0xFFFFFFFFFFFFFFFF:016x}"

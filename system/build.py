@@ -136,7 +136,7 @@ def build_trainer(
     on_rank_zero(lambda: claim_run(run, config, loader.manifest_digest, initial.digest))
     engine, teacher = build_engine(config, world, initial.parameters)
     description = describe_run(config, loader.manifest_digest, initial.digest)
-    checkpointer = Checkpointer(run, engine, teacher, events, description)
+    checkpointer = Checkpointer(run, engine, teacher, events, description, config.checkpoint)
     with Console(config.run.steps, active=world.rank == 0) as console:
         comm = DistributedCollectives()
         evaluation = TrainingEvaluation(config, engine, teacher, events, console)

@@ -1,32 +1,40 @@
 """Reading checkpoints: which ones are committed, and any run of any parameter by byte range.
 
-Format (docs/checkpoint-format.md): ``checkpoints/step-000000200/`` holds ``rank-00000.safetensors`` files
-and a ``manifest.json`` that was written last. A tensor ``<kind>/<parameter>/<start>`` is a flat fp32 run of
+Format (docs/checkpoint-format.md): ``checkpoints/step-000000200/`` holds safetensors files and a
+``manifest.json`` that was written last. A tensor ``<kind>/<parameter>/<start>`` is a flat fp32 run of
 the parameter from element `start`; kinds are master, exp_avg, exp_avg_sq and teacher. Nothing here knows
 how many ranks wrote it, or DeepSpeed.
 """
 
+import hashlib
 import json
 import re
-import struct
+import warnings
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
-from cluster.errors import CheckpointIncompatible, ObjectNotFound
-from cluster.manifest import Manifest
-from cluster.manifest import load as load_manifest
+from cluster.errors import CheckpointIncompatible, DataError, ManifestMismatch, ObjectNotFound
+from cluster.manifest import MANIFEST, Manifest, load_with_bytes
 from cluster.store import ObjectStore
 
 KIND = "checkpoint"
-VERSION = 1
+VERSION = 2
 Kind = Literal["master", "exp_avg", "exp_avg_sq", "teacher"]
 _STEP_FOLDER = re.compile(r"^step-(\d{9})/manifest\.json$")
 _MERGE_GAP = 1 << 20
 """Ranges of a file that lie closer than this many bytes are fetched in one request."""
+_LARGEST_HEADER = 100 << 20
+"""Bytes; the limit of the safetensors library."""
+
+Run = tuple[str, str, int, int]
+"""kind, parameter, start, length."""
+Range = tuple[int, int, torch.Tensor]
+"""Bytes [offset, offset + size) of a file, and where their values go: flat fp32, on any device."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +69,33 @@ def committed_steps(run: ObjectStore) -> list[int]:
 
 
 def open_checkpoint(run: ObjectStore, step: int) -> tuple[ObjectStore, Manifest]:
-    """Raises ObjectNotFound when step has no committed checkpoint, naming those that are there."""
+    """Raises ObjectNotFound when step has no committed checkpoint, naming those that are there, and
+    ManifestMismatch when its manifest is damaged."""
     store = run.child(f"checkpoints/{step_folder(step)}")
     try:
-        return store, load_manifest(store, KIND)
+        manifest, data = load_with_bytes(store, KIND, VERSION)
     except ObjectNotFound:
         steps = ", ".join(str(s) for s in committed_steps(run)[-5:]) or "none"
         raise ObjectNotFound(
             f"{run.uri}: no committed checkpoint at step {step}; committed steps: {steps}"
         ) from None
+    if not _seal_holds(manifest, data):
+        raise ManifestMismatch(f"{store.uri}/{MANIFEST}: is damaged, it is not what its seal says")
+    return store, manifest
+
+
+def sealed(manifest: Manifest) -> Manifest:
+    """With the SHA-256 of its own bytes in it, so that no flipped bit of it goes unseen."""
+    blank = replace(manifest, meta={**manifest.meta, "seal": ""})
+    return replace(manifest, meta={**manifest.meta, "seal": blank.digest})
+
+
+def _seal_holds(manifest: Manifest, data: bytes) -> bool:
+    seal = manifest.meta.get("seal")
+    if seal is None:
+        return manifest.version < 2
+    blank = data.replace(f'"seal":"{seal}"'.encode(), b'"seal":""')
+    return hashlib.sha256(blank).hexdigest() == seal
 
 
 def load_checkpoint_meta(run: ObjectStore, step: int) -> CheckpointMeta:
@@ -90,72 +116,113 @@ def newest_step(run: ObjectStore, step: int | None = None) -> int:
     return steps[-1]
 
 
-class FragmentReader:
-    """Runs of parameters out of a committed checkpoint, by byte range."""
+class Source(Protocol):
+    """Where the files are: an object store, or something in front of it."""
 
-    def __init__(self, store: ObjectStore, manifest: Manifest) -> None:
-        self._store = store
-        self.shapes: dict[str, list[int]] = manifest.meta["parameters"]
-        self._pieces: dict[tuple[str, str], list[Piece]] = defaultdict(list)
-        for entry in manifest.files:
-            self._index(entry.name)
-        for pieces in self._pieces.values():
-            pieces.sort(key=lambda piece: piece.start)
+    uri: str
 
-    def _index(self, file: str) -> None:
-        (header_size,) = struct.unpack("<Q", self._store.get_range(file, 0, 8))
-        header = json.loads(self._store.get_range(file, 8, header_size))
-        for name, info in header.items():
+    def get_range(self, key: str, start: int, length: int, /) -> bytes: ...
+
+
+Index = list[tuple[str, str, Piece]]
+"""(kind, parameter, piece) of every tensor of a file."""
+
+
+def read_index(source: Source, file: str) -> Index:
+    """What a file says that it holds. Raises DataError when that is no header of our format."""
+    try:
+        size = int.from_bytes(source.get_range(file, 0, 8), "little")
+        if size > _LARGEST_HEADER:
+            raise ValueError(f"a header of {size} bytes")
+        found = []
+        for name, info in json.loads(source.get_range(file, 8, size)).items():
             if name == "__metadata__":
                 continue
             kind, parameter, start = name.split("/")
             first, last = info["data_offsets"]
-            piece = Piece(int(start), (last - first) // 4, file, 8 + header_size + first)
-            self._pieces[kind, parameter].append(piece)
+            piece = Piece(int(start), (last - first) // 4, file, 8 + size + first)
+            found.append((kind, parameter, piece))
+        return found
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{source.uri}/{file}: its header is damaged ({type(error).__name__})") from None
+
+
+class FragmentReader:
+    """Runs of parameters out of a committed checkpoint, by byte range."""
+
+    def __init__(self, store: Source, manifest: Manifest, index: Iterable[Index] | None = None) -> None:
+        """
+        Args:
+            index: `read_index` of all files, where it was read before.
+        """
+        self._store = store
+        self.shapes: dict[str, list[int]] = manifest.meta["parameters"]
+        self._pieces: dict[tuple[str, str], list[Piece]] = defaultdict(list)
+        if index is None:
+            index = (read_index(store, entry.name) for entry in manifest.files)
+        for of_file in index:
+            for kind, parameter, piece in of_file:
+                self._pieces[kind, parameter].append(piece)
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda piece: piece.start)
 
     def parameters(self, kind: str) -> list[str]:
         return sorted(parameter for k, parameter in self._pieces if k == kind)
 
-    def read(self, runs: list[tuple[str, str, int, int]]) -> list[torch.Tensor]:
+    def read(self, runs: list[Run]) -> list[torch.Tensor]:
         """
-        Args:
-            runs: (kind, parameter, start, length) each.
         Returns:
             Flat fp32 tensors [length], in the order of `runs`.
         Raises:
             CheckpointIncompatible: the checkpoint does not cover a run.
         """
         tensors = [torch.empty(length, dtype=torch.float32) for *_, length in runs]
-        wanted: dict[str, list[tuple[int, int, torch.Tensor]]] = defaultdict(list)
-        for (kind, parameter, start, length), tensor in zip(runs, tensors, strict=True):
+        for file, ranges in self.ranges(runs, tensors).items():
+            self.fetch(file, ranges)
+        return tensors
+
+    def ranges(self, runs: list[Run], targets: list[torch.Tensor]) -> dict[str, list[Range]]:
+        """Which bytes of which files go where in the flat `targets`, in the order of the file.
+
+        Raises:
+            CheckpointIncompatible: the checkpoint does not cover a run.
+        """
+        wanted: dict[str, list[Range]] = defaultdict(list)
+        for (kind, parameter, start, length), target in zip(runs, targets, strict=True):
             covered = 0
             for piece in self._pieces.get((kind, parameter), ()):
                 low, high = max(start, piece.start), min(start + length, piece.start + piece.length)
                 if low < high:
                     covered += high - low
                     offset = piece.offset + 4 * (low - piece.start)
-                    wanted[piece.file].append((offset, 4 * (high - low), tensor[low - start : high - start]))
+                    wanted[piece.file].append((offset, 4 * (high - low), target[low - start : high - start]))
             if covered != length:
                 raise CheckpointIncompatible(
                     f"{self._store.uri}: {kind} of {parameter} covers {covered} of {length} elements "
                     f"from {start}, which this model needs; resume with the model that wrote it"
                 )
-        for file, ranges in wanted.items():
-            self._fetch(file, sorted(ranges, key=lambda item: item[0]))
-        return tensors
+        return {file: sorted(found, key=lambda item: item[0]) for file, found in wanted.items()}
 
-    def _fetch(self, file: str, ranges: list[tuple[int, int, torch.Tensor]]) -> None:
-        group: list[tuple[int, int, torch.Tensor]] = []
+    def fetch(self, file: str, ranges: list[Range]) -> None:
+        """Fill the targets of `ranges`, which are in the order of the file."""
+        group: list[Range] = []
         for item in [*ranges, None]:
             if group and (item is None or item[0] - (group[-1][0] + group[-1][1]) > _MERGE_GAP):
                 first = group[0][0]
                 data = self._store.get_range(file, first, group[-1][0] + group[-1][1] - first)
                 for offset, size, target in group:
-                    values = np.frombuffer(data, dtype="<f4", count=size // 4, offset=offset - first)
-                    target.copy_(torch.from_numpy(values.copy()))
+                    copy_values(data, offset - first, size, target)
                 group = []
             if item is not None:
                 group.append(item)
+
+
+def copy_values(data: bytes, offset: int, size: int, target: torch.Tensor) -> None:
+    """The fp32 values in `size` bytes of `data` from `offset` on, into a flat tensor."""
+    values = np.frombuffer(data, dtype="<f4", count=size // 4, offset=offset)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the bytes cannot be written to: nobody does
+        target.copy_(torch.from_numpy(values))
 
 
 def read_parameters(run: ObjectStore, step: int, kind: Kind) -> dict[str, torch.Tensor]:

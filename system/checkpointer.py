@@ -1,47 +1,51 @@
-"""Writing checkpoints of a running job and restoring one into it; every function here is called by all
-ranks together.
+"""The checkpoints of a running job, as its training loop sees them. Every method that is not marked
+otherwise is called by all ranks together, in the main thread.
 
-A save is committed by one conditional put of the manifest after every rank's file is in the store, so a
-kill at any moment leaves either the whole checkpoint or none. For now the step loop waits for it.
+A save is a copy into host memory between two steps; what is written, and how it is committed, is in
+`checkpoint_save`. Ranks tell each other about their saves with the votes of the step's one all-reduce.
 """
 
-import hashlib
-import json
-import tempfile
+import threading
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
-from cluster.errors import CheckpointIncompatible, DataError, MaskClipError, Superseded
-from cluster.events import EventLog, newest_attempt
-from cluster.manifest import MANIFEST, FileEntry, Manifest, commit, file_entry, verify
+from cluster.errors import Superseded
+from cluster.events import EventLog
 from cluster.store import ObjectStore
-from system.agreement import on_rank_zero, state_digest
-from system.checkpoint import (
-    KIND,
-    VERSION,
-    FragmentReader,
-    committed_steps,
-    open_checkpoint,
-    step_folder,
-)
+from system.checkpoint_config import CheckpointConfig
+from system.checkpoint_interval import Interval, observed_failures
+from system.checkpoint_restore import Restored, restore
+from system.checkpoint_save import Place, SaveJob
 from system.engine import Engine
+from system.first_loss import TOPOLOGY, KnownLoss, compare, known_loss
+from system.job_state import JobState
+from system.local_tier import LocalTier
+from system.retention import Retention
+from system.snapshot import Snapshot
 from system.teacher_state import ShardedTeacher
 
-CENTRE = ("state", "teacher.centre", 0)
+_DEFAULTS = CheckpointConfig()
+_LOOK_SECONDS = 0.05
+_GRACE_SECONDS = 15.0
+"""After its deadline, for a job to notice it."""
 
 
 @dataclass(frozen=True)
-class Restored:
-    """Where a restored run stands; step 0 for a new run."""
+class SaveVotes:
+    """What a rank says of its saves before a step; or the sums over all ranks."""
 
-    step: int
-    meta: dict[str, Any]
+    due: int = 0
+    """The first rank wants one after this step."""
+    busy: int = 0
+    """One is in flight."""
+    failed: int = 0
+    """The last one has failed."""
+    superseded: int = 0
+    """It has failed because a newer attempt of the run has begun."""
 
 
 class Checkpointer:
@@ -52,187 +56,187 @@ class Checkpointer:
         teacher: ShardedTeacher,
         events: EventLog,
         description: dict[str, Any],
+        config: CheckpointConfig = _DEFAULTS,
     ) -> None:
         """
         Args:
             description: goes into every manifest (identity, data set digest, configuration).
         """
-        self._run, self._engine, self._teacher, self._events = run, engine, teacher, events
+        self._run, self._events, self._config = run, events, config
         self._description = description
-        self._shapes = {name: list(p.shape) for name, p in engine.objective.named_parameters()}
+        self._state = JobState(engine, teacher)
+        self._local = LocalTier(config.local, run.uri, config.local_keep) if config.local else None
+        retention = Retention(run, config, events)
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        self._place = Place(run, rank, ranks, events, config, self._local, retention)
+        self._interval = Interval(config, events, lambda: observed_failures(run, events.attempt))
+        self._snapshot: Snapshot | None = None
+        self._job: SaveJob | None = None
+        self._counted: SaveJob | None = None
+        self._durable_at = time.monotonic()
+        self._known: KnownLoss | None = None
+        engine_config = description.get("config", {}).get("engine", {})
+        self._topology = {name: engine_config.get(name) for name in TOPOLOGY} | {"processes": ranks}
+        self.last_saved = 0
+        """Step of the newest state that is known to be durable; on rank 0."""
+        self.skipped = self.failed = 0
+        """Saves of this attempt that were left out since one was in flight, and that failed; on rank 0."""
 
-    def _saved_tensors(self) -> dict[str, torch.Tensor]:
-        """The runs that this rank writes, as flat fp32 host copies."""
-        tensors = {}
-        teacher = {
-            f.parameter: master for f, master in zip(self._teacher.held, self._teacher.masters, strict=True)
-        }
-        for fragment in self._engine.fragments:
-            kinds = dict(fragment.state)
-            if fragment.parameter in teacher:
-                kinds["teacher"] = teacher[fragment.parameter]
-            first = fragment.saved_start - fragment.start
-            for kind, values in kinds.items():
-                run = values[first : first + fragment.saved_length]
-                if run.numel():
-                    tensors[f"{kind}/{fragment.parameter}/{fragment.saved_start}"] = (
-                        run.detach().cpu().clone()
-                    )
-        if self._centre is not None and dist.get_rank() == 0:
-            tensors["/".join(map(str, CENTRE))] = self._centre.detach().cpu().clone()
-        return tensors
+    def prepare(self) -> None:
+        """Make the host buffer in the background, so that the first save need not."""
+        self._snapshot = Snapshot(self._state.saved_tensors())
+        threading.Thread(target=self._snapshot.touch, name="checkpoint-buffer", daemon=True).start()
 
-    @property
-    def _centre(self) -> torch.Tensor | None:
-        """Of the teacher's logits, where there are some."""
-        module = self._teacher.module
-        return module.centre if module is not None and module.centre.numel() else None
+    def votes(self, step: int) -> SaveVotes:
+        """What this rank says before the step that leads to `step` applied ones."""
+        job = self._job
+        return SaveVotes(
+            due=int(self._place.rank == 0 and self._interval.due(step)),
+            busy=int(job is not None and not job.done.is_set()),
+            failed=int(job is not None and job.failed),
+            superseded=int(job is not None and isinstance(job.error, Superseded)),
+        )
 
-    def _digest(self) -> str:
-        masters = [
-            (f.parameter, f.saved_start, f.state["master"][f.saved_start - f.start :][: f.saved_length])
-            for f in self._engine.fragments
-        ]
-        teachers = [
-            (f"teacher/{f.parameter}", f.saved_start, master[f.saved_start - f.start :][: f.saved_length])
-            for f, master in zip(self._teacher.held, self._teacher.masters, strict=True)
-        ]
-        return state_digest(masters + teachers)
+    def after_step(self, step: int, votes: SaveVotes, meta: dict[str, Any]) -> None:
+        """Begin a save if one is due; `votes` are the sums that all ranks have.
+
+        Raises:
+            Superseded: a newer attempt has begun.
+        """
+        self._settle(votes)
+        if not votes.due:
+            return
+        if votes.busy:
+            self.skipped += 1
+            if self._place.rank == 0:
+                self._events.instant("checkpoint_skipped", step=step, skipped=self.skipped)
+                self._interval.began()
+        elif self._config.background:
+            self.begin(step, meta)
+        else:
+            self.save(step, meta)
 
     def save(self, step: int, meta: dict[str, Any]) -> bool:
-        """Write and commit the state after `step` applied steps. False, with an event, when the store
-        refused it.
+        """Save the state after `step` applied steps and wait until it is committed. False, with an event,
+        when the store refused it.
 
         Raises:
             Superseded: a newer attempt has begun. Two that go on from one checkpoint would mix their steps.
         """
+        self.wait()
+        self.begin(step, meta)
+        self.wait()
+        return self.saved_on_all(step)
+
+    def begin(self, step: int, meta: dict[str, Any]) -> None:
+        """Take the snapshot, and start what writes it. No save may be in flight on any rank."""
         started = time.monotonic()
-        store = self._run.child(f"checkpoints/{step_folder(step)}")
-        digest = self._digest()
-        mine: FileEntry | str
-        try:
-            mine = self._write(store)
-        except (MaskClipError, OSError) as error:
-            mine = f"rank {dist.get_rank()}: {error}"
-        parts: list = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, mine)
-        problems = [part for part in parts if isinstance(part, str)]
-        if not problems:
-            everything = {
-                **self._description,
-                **meta,
-                "step": step,
-                "state_digest": digest,
-                "parameters": self._shapes,
-            }
-            manifest = Manifest(KIND, VERSION, tuple(parts), everything)
-            try:
-                on_rank_zero(lambda: self._commit(store, manifest))
-            except Superseded:
-                raise
-            except MaskClipError as error:
-                problems = [str(error)]
-        if dist.get_rank() == 0:
-            seconds = time.monotonic() - started
-            if problems:
-                self._events.instant("checkpoint_failed", step=step, seconds=seconds, reason=problems[0])
-            else:
-                size = sum(part.size for part in parts)
-                self._events.instant("checkpoint_committed", step=step, seconds=seconds, bytes=size)
-        return not problems
+        if self._job is not None and not self._job.done.is_set():
+            self._snapshot = None  # a job that was given up may still read it
+        tensors = self._state.saved_tensors()
+        if self._snapshot is None:
+            self._snapshot = Snapshot(tensors)
+        self._snapshot.take(tensors)
+        everything = {**self._description, **meta, "parameters": self._state.shapes}
+        stall = time.monotonic() - started
+        self._job = SaveJob(self._place, step, everything, self._snapshot, started, stall)
+        self._interval.began()
+        threading.Thread(target=self._work, args=(self._job,), name="checkpoint", daemon=True).start()
 
-    def _commit(self, store: ObjectStore, manifest: Manifest) -> None:
-        """The record of the steps goes first: a resume never repeats a committed step, so its events would
-        be lost for good. A store that is too slow for them does not hold the checkpoint up."""
-        newest, own = newest_attempt(self._run), self._events.attempt
-        if newest > own:
-            raise Superseded(
-                f"{self._run.uri}: attempt {newest} of this run has begun meanwhile, so attempt {own} ends "
-                "without this checkpoint; stop one of the two or give it another run.uri"
-            )
-        self._events.flush()
-        commit(store, manifest)
+    def _work(self, job: SaveJob) -> None:
+        """In the background thread."""
+        job.run()
+        if job.committed:
+            self._interval.saved(job.stall_seconds, job.seconds)
 
-    def _write(self, store: ObjectStore) -> FileEntry:
-        # No attempt writes over a file of another one, so what is committed stays as it is.
-        name = f"rank-{dist.get_rank():05d}.attempt-{self._events.attempt:04d}.safetensors"
-        with tempfile.TemporaryDirectory(prefix="maskclip-") as folder:
-            path = Path(folder) / name
-            save_file(self._saved_tensors(), path)
-            entry = file_entry(path, name)
-            store.put_file(name, path)
-        return entry
-
-    def restore(self) -> Restored:
-        """Fill the job from the newest checkpoint that verifies; damaged ones are set aside. Proves what it
-        restored.
+    def wait(self) -> None:
+        """Wait for the save in flight, until it ends on all ranks or its deadline has passed.
 
         Raises:
-            CheckpointIncompatible: the checkpoint does not fit this model, or the filled state is not what
-            was saved.
+            Superseded: a newer attempt has begun.
         """
-        step = on_rank_zero(self._newest_verified)
-        if step is None:
-            return Restored(0, {})
-        store, manifest = open_checkpoint(self._run, step)
-        saved = manifest.meta
-        if saved["parameters"] != self._shapes:
-            both = saved["parameters"].keys() | self._shapes.keys()
-            names = sorted(n for n in both if saved["parameters"].get(n) != self._shapes.get(n))
-            raise CheckpointIncompatible(
-                f"{store.uri}: its parameters are not those of this model (first difference: {names[0]}); "
-                "resume with the model section that wrote it, or start a new run.uri"
-            )
-        self._fill(FragmentReader(store, manifest))
-        self._engine.finish_restore(step)
-        self._teacher.refresh()
-        digest = self._digest()
-        if digest != saved["state_digest"]:
-            raise CheckpointIncompatible(
-                f"{store.uri}: the restored state has digest {digest}, saved was {saved['state_digest']}; "
-                "run `maskclip checkpoint verify` on this run"
-            )
-        return Restored(step, saved)
+        while True:
+            votes = self.votes(-1)
+            job = self._job
+            if job is not None and self._late(job):
+                votes = replace(votes, busy=0, failed=1)
+            votes = self._sum(votes)
+            self._settle(votes)
+            if not votes.busy:
+                return
+            if job is not None:
+                job.done.wait(_LOOK_SECONDS)
 
-    def _fill(self, reader: FragmentReader) -> None:
-        runs, targets = [], []
-        for fragment in self._engine.fragments:
-            for kind, values in fragment.state.items():
-                runs.append((kind, fragment.parameter, fragment.start, fragment.length))
-                targets.append(values)
-        for fragment, master in zip(self._teacher.held, self._teacher.masters, strict=True):
-            runs.append(("teacher", fragment.parameter, fragment.start, fragment.length))
-            targets.append(master)
-        if self._centre is not None:
-            runs.append((*CENTRE, self._centre.numel()))
-            targets.append(self._centre)
-        with torch.no_grad():
-            for target, values in zip(targets, reader.read(runs), strict=True):
-                target.copy_(values.view(target.shape))
+    def _late(self, job: SaveJob) -> bool:
+        """It ended neither by its deadline nor soon after."""
+        return time.monotonic() - job.taken > self._config.deadline_seconds + _GRACE_SECONDS
 
-    def _newest_verified(self) -> int | None:
-        """On rank 0. A damaged checkpoint keeps its files, but loses its manifest to quarantine/."""
-        for step in reversed(committed_steps(self._run)):
-            try:
-                store, manifest = open_checkpoint(self._run, step)
-                problems = verify(store, manifest)
-            except DataError as error:  # an unreachable store is no damage: that error ends the attempt
-                store = self._run.child(f"checkpoints/{step_folder(step)}")
-                problems = [str(error)]
-            if not problems:
-                return step
-            self._quarantine(store, step, problems)
-        if self._run.list("quarantine"):
-            raise CheckpointIncompatible(
-                f"{self._run.uri}: every checkpoint of this run is damaged (see quarantine/), and starting "
-                "again from step 0 would hide that; put a copy back or choose a new run.uri"
-            )
-        return None
+    def finish(self, step: int, meta: dict[str, Any]) -> int:
+        """Wait for the save in flight and have the state after `step` saved. Returns the newest step that is,
+        the same on all ranks."""
+        self.wait()
+        if not self.saved_on_all(step):
+            self.save(step, meta)
+        box = [self.last_saved]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
 
-    def _quarantine(self, store: ObjectStore, step: int, problems: list[str]) -> None:
-        manifest = store.get(MANIFEST)
-        name = f"quarantine/{step_folder(step)}-{hashlib.sha256(manifest).hexdigest()[:8]}.json"
-        record = {"step": step, "problems": problems, "manifest": manifest.decode(errors="replace")}
-        self._run.put(name, json.dumps(record, indent=1).encode())
-        store.delete(MANIFEST)
-        self._events.instant("checkpoint_quarantined", step=step, problems=problems[:3])
+    def saved_on_all(self, step: int) -> bool:
+        """Whether the state of `step` was committed, as rank 0 knows it."""
+        box = [self._place.rank == 0 and self.last_saved == step]
+        dist.broadcast_object_list(box, src=0)
+        return bool(box[0])
+
+    def restore(self) -> Restored:
+        """Fill the job from the newest checkpoint that verifies; see `checkpoint_restore.restore`."""
+        restored = restore(self._run, self._state, self._events, self._local)
+        self.last_saved = restored.step
+        self._interval.restore_seconds = restored.seconds
+        self._durable_at = time.monotonic()
+        if restored.step and self._place.rank == 0:
+            self._known = known_loss(self._run, self._events.attempt, restored.step + 1)
+        return restored
+
+    def gauges(self) -> dict[str, float]:
+        """What the step's event says of the checkpoints; on rank 0."""
+        return {"durable_age_seconds": time.monotonic() - self._durable_at}
+
+    def check_first_loss(self, step: int, loss: float) -> str | None:
+        """Compare the first loss after a restore with what an older attempt had there. What to warn of, if
+        they differ; on rank 0."""
+        known, self._known = self._known, None
+        if known is None:
+            return None
+        facts = compare(known, loss, self._topology)
+        off = facts.pop("off")
+        self._events.instant("first_loss_off" if off else "first_loss", step=step, **facts)
+        if not off:
+            return None
+        return f"loss {loss} of step {step} is not the {known.loss} that attempt {known.attempt} had there"
+
+    def _settle(self, votes: SaveVotes) -> None:
+        """Take note of what has ended since."""
+        job = self._job
+        if votes.superseded:
+            error = job.error if job is not None and isinstance(job.error, Superseded) else None
+            error = error or Superseded(f"{self._run.uri}: a newer attempt of this run has begun")
+            error.agreed = True
+            raise error
+        if job is None:
+            return
+        if votes.failed and not job.failed and not job.done.is_set():
+            job.cancel("another rank could not write its part")
+        elif self._late(job) and not job.done.is_set():
+            job.cancel("it has not ended by checkpoint.deadline_seconds")
+        if job is not self._counted and (job.committed or job.failed):
+            self._counted = job
+            self.failed += job.failed
+            if job.committed:
+                self.last_saved, self._durable_at = job.step, job.taken
+
+    def _sum(self, votes: SaveVotes) -> SaveVotes:
+        counts = torch.tensor([votes.due, votes.busy, votes.failed, votes.superseded])
+        if dist.get_backend() == "nccl":
+            counts = counts.cuda()
+        dist.all_reduce(counts)
+        return SaveVotes(*counts.tolist())

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from cluster.errors import ConfigError, Hang, MaskClipError, exit_code_of
 from cluster.stop import end_at_once, stop_raises
-from system import commands, dataset_commands
+from system import checkpoint_commands, checkpoint_upkeep, commands, dataset_commands
 
 Handler = Callable[[argparse.Namespace], Any]
 RECIPE = "recipe"
@@ -139,8 +139,8 @@ def build_parser() -> argparse.ArgumentParser:
     checkpoint = groups.add_parser("checkpoint", help="checkpoints of a run").add_subparsers(
         dest="action", required=True, metavar="ACTION", parser_class=_Parser
     )
-    command(checkpoint, "list", commands.checkpoint_list, "committed checkpoints of a run", [run])
-    command(checkpoint, "verify", commands.checkpoint_verify, "compare every file with its manifest", [run])
+    for action in (*checkpoint_commands.ACTIONS, *checkpoint_upkeep.ACTIONS):
+        command(checkpoint, action.name, action.handler, action.summary, [run], action.place)
     dataset = groups.add_parser("dataset", help="committed data sets").add_subparsers(
         dest="action", required=True, metavar="ACTION", parser_class=_Parser
     )

@@ -1,5 +1,6 @@
 """What the commands do: each takes the parsed arguments and returns a `Result`, or raises an error of
-cluster.errors. Those of data sets are in `dataset_commands`.
+cluster.errors. Those of checkpoints and data sets are in `checkpoint_commands` and
+`dataset_commands`.
 
 Every command imports what it needs when it runs: `maskclip --help` or `config` shall not wait for torch.
 """
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from cluster.errors import CheckpointIncompatible, ConfigError, DataError
+from cluster.errors import ConfigError, DataError
 from cluster.store import open_store
 from system.console import progress_bar
 
@@ -208,46 +209,6 @@ def demo(args: Args) -> Result:
 
     data = run_demo(Path(args.folder))
     return Result(data, Rows("demo", ("what", "value"), list(data.items())).table())
-
-
-def checkpoint_list(args: Args) -> Result:
-    from system.checkpoint import committed_steps, load_checkpoint_meta
-
-    run = open_store(args.run)
-    data: list[dict[str, Any]] = []
-    for step in committed_steps(run):
-        try:
-            m = load_checkpoint_meta(run, step)
-            data.append(
-                {"step": m.step, "slot": m.slot, "digest": m.digest, "state_digest": m.meta["state_digest"]}
-            )
-        except DataError as error:
-            data.append({"step": step, "problem": str(error)})
-        except KeyError as error:
-            data.append({"step": step, "problem": f"its manifest has no {error}"})
-    rows = [
-        (d["step"], "broken", d["problem"], "")
-        if "problem" in d
-        else (d["step"], d["slot"], d["digest"][:12], d["state_digest"])
-        for d in data
-    ]
-    table = Rows(f"checkpoints of {args.run}", ("step", "slot", "manifest", "state"), rows).table()
-    broken = any("problem" in d for d in data)
-    return Result(data, table, CheckpointIncompatible.exit_code if broken else 0)
-
-
-def checkpoint_verify(args: Args) -> Result:
-    from cluster.manifest import verify
-    from system.checkpoint import committed_steps, open_checkpoint
-
-    run = open_store(args.run)
-    problems: dict[str, list[str]] = {}
-    for step in committed_steps(run):
-        try:
-            problems[f"step {step}"] = verify(*open_checkpoint(run, step))
-        except DataError as error:
-            problems[f"step {step}"] = [str(error)]
-    return verdict(problems, args.run, "checkpoint", CheckpointIncompatible.exit_code)
 
 
 def verdict(problems: dict[str, list[str]], where: str, what: str, bad: int) -> Result:

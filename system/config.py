@@ -19,6 +19,7 @@ from cluster.store import StoreConfig, normal_uri, overlap
 from data_pipeline.loader_config import LoaderConfig
 from data_pipeline.mixing import MixPart
 from model.config import ModelConfig, resolve
+from system.checkpoint_config import CheckpointConfig
 from system.evaluation_config import EvaluationConfig
 from system.recipe import apply_overrides, build_config, read_recipe
 
@@ -202,12 +203,6 @@ class EngineConfig:
     """Compile each transformer block with torch.compile; the first steps take minutes longer."""
     max_refused_steps: AtLeastOne = 3
     """Refused steps in a row before the attempt ends with the NonFinite exit code."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    every_steps: AtLeastOne = 1000
-    """A checkpoint is committed after every so many steps, at the end and when the run is asked to stop."""
 
 
 @dataclass(frozen=True, kw_only=True)

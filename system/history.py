@@ -212,7 +212,14 @@ def build_history(uri: str, events: Iterable[dict]) -> History:
     )
 
 
-_INCIDENTS = ("checkpoint_failed", "checkpoint_quarantined", "evaluation_failed", "events_dropped")
+_INCIDENTS = (
+    "checkpoint_failed",
+    "checkpoint_quarantined",
+    "checkpoint_prune_failed",
+    "first_loss_off",
+    "evaluation_failed",
+    "events_dropped",
+)
 _ENVELOPE = frozenset({"t", "attempt", "rank", "seq", "kind", "name", "step"})
 
 

@@ -8,19 +8,20 @@ attempt ends.
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from cluster.errors import Interrupted, NonFinite, Preempted, StorageUnavailable
+from cluster.errors import CheckpointIncompatible, Interrupted, NonFinite, Preempted, StorageUnavailable
 from cluster.events import EventLog
 from cluster.stop import StopRequest
 from data_pipeline.loader import Batch
 from model.losses import Collectives
 from model.objective import Output
 from system.agreement import Verdict, agree
-from system.checkpointer import Checkpointer
+from system.checkpointer import Checkpointer, SaveVotes
 from system.config import TrainConfig
 from system.console import Console
 from system.engine import Engine, StepOutcome
@@ -51,6 +52,12 @@ class Trainer:
     def resume(self) -> int | None:
         """Restore the newest checkpoint. Returns the step resumed from, None for a new run."""
         restored = self.checkpointer.restore()
+        slot = restored.step * self.config.data.global_batch
+        if restored.meta.get("slot", slot) != slot:
+            raise CheckpointIncompatible(
+                f"{self.config.run.uri}: the checkpoint of step {restored.step} stands at slot "
+                f"{restored.meta['slot']}, this configuration at {slot}; keep data.global_batch"
+            )
         self.steps_done = restored.step
         self.refused_steps = restored.meta.get("refused_steps", 0)
         return restored.step or None
@@ -63,26 +70,32 @@ class Trainer:
             NonFinite: too many refused steps in a row.
             StorageUnavailable: the last checkpoint could not be committed.
         """
-        last_saved, waiting = self.steps_done, time.perf_counter()
+        self.checkpointer.prepare()
+        waiting = time.perf_counter()
         for batch in batches:
             data_seconds = time.perf_counter() - waiting
             verdict = self.step_until_applied(batch, data_seconds)
-            stopping = verdict.interrupted or verdict.preempted
-            if stopping or self.steps_done % self.config.checkpoint.every_steps == 0:
-                last_saved = self.steps_done if self.save() else last_saved
-            if stopping:
+            if verdict.interrupted or verdict.preempted:
                 kind = Interrupted if verdict.interrupted else Preempted
                 raise kind(
-                    f"stopped at step {self.steps_done}, checkpoint at step {last_saved}; "
+                    f"stopped at step {self.steps_done}, checkpoint at step {self.last_save()}; "
                     "run the same command to go on"
                 )
+            self.checkpointer.after_step(self.steps_done, SaveVotes(*verdict.others), self.counters())
             self.after_step(self.steps_done)
             waiting = time.perf_counter()
-        if last_saved != self.steps_done and not self.save():
+        if self.last_save() != self.steps_done:
             raise StorageUnavailable(
                 f"{self.config.run.uri}: the checkpoint of step {self.steps_done} could not be committed; "
                 "run the same command again when the store is back"
             )
+
+    def last_save(self) -> int:
+        """Have the state as it is saved; returns the newest saved step, which is an older one on failure."""
+        saved = self.checkpointer.finish(self.steps_done, self.counters())
+        if saved != self.steps_done and dist.get_rank() == 0:
+            self.console.warn(f"checkpoint at step {self.steps_done} failed; see the event log")
+        return saved
 
     def step_until_applied(self, batch: Batch, data_seconds: float) -> Verdict:
         for _ in range(self.config.engine.max_refused_steps):
@@ -109,7 +122,8 @@ class Trainer:
             teacher_temperature=scheduled.teacher_temperature,
             comm=self.comm,
         )
-        verdict = agree(output.loss, batch, self.stop.reason)
+        votes = self.checkpointer.votes(self.steps_done + 1)
+        verdict = agree(output.loss, batch, self.stop.reason, astuple(votes))
         outcome = StepOutcome(False, float("nan"))
         if not verdict.non_finite_ranks:
             outcome = self.engine.step(output.loss, scheduled.lr)
@@ -132,19 +146,10 @@ class Trainer:
                 f"step {self.steps_done} refused: non-finite {where} (norm {outcome.grad_norm})"
             )
 
-    def save(self) -> bool:
-        batch = self.config.data.global_batch
-        meta: dict[str, Any] = {
-            "slot": self.steps_done * batch,
-            "samples_seen": self.steps_done * batch,
-            "refused_steps": self.refused_steps,
-        }
-        committed = self.checkpointer.save(self.steps_done, meta)
-        if not committed and dist.get_rank() == 0:
-            self.console.warn(
-                f"checkpoint at step {self.steps_done} failed, training goes on; see the event log"
-            )
-        return committed
+    def counters(self) -> dict[str, Any]:
+        """What a checkpoint says besides the tensors."""
+        seen = self.steps_done * self.config.data.global_batch
+        return {"slot": seen, "samples_seen": seen, "refused_steps": self.refused_steps}
 
     def record(
         self,
@@ -170,8 +175,12 @@ class Trainer:
             "pairs_per_second": batch / (step_seconds + data_seconds),
             "data_seconds": data_seconds,
             "step_seconds": step_seconds,
+            **self.checkpointer.gauges(),
         }
         self.events.scalar(
             self.steps_done, slot=(self.steps_done - 1) * batch, ids_digest=verdict.ids_digest, **values
         )
         self.console.step(self.steps_done, values)
+        problem = self.checkpointer.check_first_loss(self.steps_done, values["loss"])
+        if problem:
+            self.console.warn(problem)

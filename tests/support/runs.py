@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import Hang
 from cluster.events import read_events
 from cluster.local_launch import run_local
 from cluster.store import open_store
@@ -18,7 +19,7 @@ model: {preset: test}
 optimizer: {lr: 1e-3, warmup_steps: 4}
 teacher: {momentum_start: 0.9, momentum_end: 0.99}
 engine: {zero_stage: 1, precision: fp32}
-checkpoint: {every_steps: 4}
+checkpoint: {every_steps: 4, background: false}
 """
 
 
@@ -63,7 +64,8 @@ def train_until_killed(
         f"data.uri={data}",
     ]
     code = run_local([sys.executable, *words, *knobs], processes, None)
-    assert code == 128 + 9
+    # Which of the two deaths the launcher sees first is chance: that one, or the peer that lost it.
+    assert code in (128 + 9, Hang.exit_code)
 
 
 def live_steps(run: str | Path) -> dict[int, dict[str, Any]]:

@@ -14,7 +14,7 @@ from cluster.store import ObjectStore, open_store
 from data_pipeline.catalog import load_dataset
 from model.config import ModelConfig, preset
 from model.objective import Objective
-from system.checkpoint import KIND, VERSION, step_folder
+from system.checkpoint import KIND, VERSION, sealed, step_folder
 from system.config import DataConfig, RunConfig, TrainConfig
 from system.run_folder import claim_run, describe_run
 
@@ -81,7 +81,7 @@ def write_checkpoint(run: ObjectStore, config: TrainConfig, dataset: str, step: 
         "state_digest": f"{step:016x}",
         "parameters": shapes,
     }
-    commit(store, Manifest(KIND, VERSION, tuple(entries), meta))
+    commit(store, sealed(Manifest(KIND, VERSION, tuple(entries), meta)))
 
 
 def write_events(run: ObjectStore) -> None:

@@ -7,6 +7,7 @@ import pickle
 import random
 import secrets
 import time
+from collections.abc import Iterator
 from http.client import HTTPConnection
 from multiprocessing.context import ForkContext, SpawnContext
 from pathlib import Path
@@ -49,6 +50,22 @@ def test_a_large_file_takes_several_parts(store: ObjectStore, tmp_path: Path) ->
     assert target.read_bytes() == data
     store.put("large", data[::-1])
     assert store.get("large") == data[::-1]
+
+
+def test_pieces_become_one_object(store: ObjectStore) -> None:
+    data = secrets.token_bytes(1 << 20)
+    store.put_pieces(
+        "object", lambda: (memoryview(data)[at : at + 300_000] for at in range(0, 1 << 20, 300_000))
+    )
+    assert store.get("object") == data
+
+    def broken() -> Iterator[bytes]:
+        yield b"half"
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        store.put_pieces("object", broken)
+    assert store.get("object") == data
 
 
 def test_a_range_is_a_slice(store: ObjectStore) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from runpy import run_path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from tests.support.small_dataset import flip_byte, picture, write_dataset
 from tests.support.small_run import run_config, student_and_teacher, write_run
 
 ROOT = Path(__file__).parents[3]
+READER = ROOT / "examples/read_checkpoint.py"
 
 
 @pytest.fixture(scope="module")
@@ -231,11 +233,9 @@ def test_teacher_of_a_run_without_one_is_refused(tmp_path: Path):
         export(str(tmp_path / "run"), ExportConfig(output=str(tmp_path / "out"), tower="teacher"))
 
 
-def test_the_reader_of_the_documentation_reads_a_checkpoint(run: str):
-    code = code_block((ROOT / "docs/checkpoint-format.md").read_text(encoding="utf-8"))
-    assert len(code.splitlines()) < 60
-    names: dict = {}
-    exec(compile(code, "docs/checkpoint-format.md", "exec"), names)
+def test_the_example_reads_a_checkpoint(run: str):
+    assert len(READER.read_text("utf-8").splitlines()) < 100
+    names = run_path(str(READER))
     for kind in ("master", "exp_avg", "teacher"):
         theirs = names["read_checkpoint"](f"{run}/checkpoints/step-000000012", kind)
         ours = read_parameters(open_store(run), 12, kind)
@@ -243,12 +243,20 @@ def test_the_reader_of_the_documentation_reads_a_checkpoint(run: str):
         assert all(np.array_equal(theirs[name], ours[name].numpy()) for name in ours)
 
 
-def test_the_reader_of_the_documentation_refuses_a_damaged_checkpoint(run: str, tmp_path: Path):
+def test_the_example_knows_only_safetensors_and_numpy(run: str):
+    words = [str(READER), f"{run}/checkpoints/step-000000012", "master", "logit_scale"]
+    code = (
+        "import sys; sys.argv = sys.argv[1:]; import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    code += "; assert not {'torch', 'deepspeed', 'system', 'cluster'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("logit_scale [1]")
+
+
+def test_the_example_refuses_a_damaged_checkpoint(run: str, tmp_path: Path):
     source = open_store(f"{run}/checkpoints/step-000000006")
     for info in source.list():
         (tmp_path / info.key).write_bytes(source.get(info.key))
     flip_byte(tmp_path / "rank-00001.safetensors", 20_000)
-    names: dict = {}
-    exec(code_block((ROOT / "docs/checkpoint-format.md").read_text(encoding="utf-8")), names)
     with pytest.raises(ValueError, match=r"rank-00001\.safetensors: is not what the manifest says"):
-        names["read_checkpoint"](str(tmp_path))
+        run_path(str(READER))["read_checkpoint"](str(tmp_path))
