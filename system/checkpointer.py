@@ -59,7 +59,7 @@ class Checkpointer:
         """
         self._run, self._engine, self._teacher, self._events = run, engine, teacher, events
         self._description = description
-        self._shapes = {name: list(p.shape) for name, p in engine.objective.named_parameters()}
+        self._shapes = engine.shapes
 
     def _saved_tensors(self) -> dict[str, torch.Tensor]:
         """The runs that this rank writes, as flat fp32 host copies."""

@@ -1,7 +1,9 @@
 """Laws of the engine: every ZeRO stage is plain AdamW, and the state is free of topology."""
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +23,8 @@ STEPS = 10
 KINDS = ("master", "exp_avg", "exp_avg_sq", "teacher")
 
 
-def run_worker(run: Path, stage: int, precision: str, steps: int, processes: int) -> None:
-    argv = [sys.executable, engine_worker.__file__, "train", str(run), str(stage), precision, str(steps)]
+def run_worker(run: Path, steps: int, processes: int, **settings: Any) -> None:
+    argv = [sys.executable, engine_worker.__file__, "train", str(run), str(steps), json.dumps(settings)]
     assert run_local(argv, processes, None) == 0
 
 
@@ -34,10 +36,18 @@ def losses(run: Path) -> dict[int, float]:
     return {e["step"]: e["loss"] for e in read_events(open_store(str(run))) if e["kind"] == "scalar"}
 
 
+CLIP = 0.5  # lower than every norm of these steps
+
+
+@pytest.fixture(scope="module", params=[0.0, CLIP])
+def clip(request) -> float:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def plain() -> dict[str, dict[str, torch.Tensor]]:
+def plain(clip: float) -> dict[str, dict[str, torch.Tensor]]:
     """Ten steps of PyTorch's AdamW on the whole batch in one process: no DeepSpeed, no engine of ours."""
-    config = engine_worker.worker_config("none", 1, "fp32", STEPS)
+    config = engine_worker.worker_config("none", STEPS, {})
     objective = Objective(config.model, seed=config.run.seed)
     teacher = Teacher(config.model)
     teacher.load_student(objective)
@@ -50,6 +60,8 @@ def plain() -> dict[str, dict[str, torch.Tensor]]:
             engine_worker.made_up_batch(step), teacher, values.teacher_temperature, SingleProcess()
         )
         output.loss.backward()
+        if clip:
+            assert torch.nn.utils.clip_grad_norm_(objective.parameters(), clip) > clip
         optimizer.step()
         optimizer.zero_grad()
         students = [followed[name].detach() for name, _ in teacher.named_parameters()]

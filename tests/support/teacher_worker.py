@@ -1,14 +1,16 @@
 """One rank that trains a few steps and checks its teacher against a whole fp32 EMA that it keeps beside.
 
-``teacher_worker.py STAGE PRECISION``; an assertion that fails ends the rank with a traceback.
+``teacher_worker.py SETTINGS`` (those of engine_worker); an assertion that fails ends the rank with a traceback.
 """
 
+import json
 import sys
 
 import torch
 import torch.distributed as dist
 
 from cluster.world import World
+from system.accumulate import Accumulator
 from system.build import build_engine, process_group
 from system.collectives import DistributedCollectives
 from system.fragments import Fragment
@@ -34,17 +36,18 @@ def runs(fragments: list[Fragment], tensors: list[torch.Tensor]) -> list[tuple[s
     return [(f.parameter, f.start, tensor.clone()) for f, tensor in zip(fragments, tensors, strict=True)]
 
 
-def main(stage: str, precision: str) -> None:
-    config, world = worker_config("none", int(stage), precision, 5), World.from_env()
+def main(settings: str) -> None:
+    config, world = worker_config("none", 5, json.loads(settings)), World.from_env()
     with process_group(world):
         engine, teacher = build_engine(config, world)
         assert teacher.module is not None
         copies = dict(teacher.module.named_parameters())
         shapes = {name: parameter.shape for name, parameter in copies.items()}
+        accumulator = Accumulator(engine, config.engine.accumulation)
         expected = whole(runs(teacher.held, teacher.masters), shapes)
         for step in range(config.run.steps):
             values = at(step, config)
-            output = engine.forward(
+            output = accumulator.forward(
                 share(made_up_batch(step), world),
                 teacher=teacher.module,
                 teacher_temperature=values.teacher_temperature,
