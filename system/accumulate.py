@@ -39,7 +39,7 @@ class Accumulator:
     def forward(
         self, batch: Batch, teacher: Teacher | None, teacher_temperature: float, comm: Collectives
     ) -> Output:
-        """As `model.objective.Objective.loss`, with the value and the gradient that it has for the whole batch.
+        """As `model.objective.Objective.loss`, with its value and its gradient for the whole batch.
 
         Returns:
             The loss is to be given to `Engine.step` or `Engine.discard`, which end the step.

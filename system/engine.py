@@ -198,7 +198,8 @@ def _check(config: TrainConfig, local_batch: int) -> None:
     engine = config.engine
     if engine.accumulation > local_batch:
         raise ConfigError(
-            f"{engine.accumulation} micro-batches of {local_batch} samples per rank: lower engine.accumulation"
+            f"{engine.accumulation} micro-batches of the {local_batch} samples of a rank; lower "
+            "engine.accumulation or raise data.global_batch"
         )
     if engine.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise ConfigError("this machine does not train in fp16; set engine.precision to bf16 or fp32")

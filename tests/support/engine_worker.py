@@ -28,14 +28,14 @@ GLOBAL_BATCH = 11  # no number of ranks or micro-batches divides it
 
 
 def worker_config(run: str, steps: int, settings: dict[str, Any]) -> TrainConfig:
-    engine = {name: value for name, value in settings.items() if name != "gradient_clip"}
-    clip = settings.get("gradient_clip", 0.0)
+    engine: dict[str, Any] = {"precision": "fp32", **settings}
+    clip = engine.pop("gradient_clip", 0.0)
     return TrainConfig(
         run=RunConfig(uri=run, steps=steps, seed=3),
         data=DataConfig(uri="none", global_batch=GLOBAL_BATCH, streams=1),
         model=preset("test"),
         optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2, gradient_clip=clip),
-        engine=EngineConfig(**{"precision": "fp32"} | engine),
+        engine=EngineConfig(**engine),
     )
 
 

@@ -1,4 +1,4 @@
-"""One rank that refuses steps: ``refusal_worker.py FOLDER``; an assertion that fails ends it with a traceback.
+"""One rank that refuses steps: ``refusal_worker.py FOLDER``; an assertion that fails ends the rank.
 
 A refused step must leave nothing behind, at any stage: neither of its gradient nor of its loss scale's count.
 """
@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import torch
+
 from cluster.errors import NonFinite
 from cluster.events import EventLog, read_events
 from cluster.stop import StopRequest
@@ -79,17 +80,19 @@ def non_finite_loss(config: TrainConfig, world: World, run: ObjectStore, events:
 
 
 def overflow(config: TrainConfig, world: World, run: ObjectStore, events: EventLog) -> None:
-    """In fp16 the first scales are too large: as many refusals, counted; the scale goes with the checkpoint."""
+    """In fp16 the first scales are too large: refusals, counted; the scale goes with the checkpoint."""
     trainer = build(config, world, run, events)
     before = state(trainer)
     batch = share(made_up_batch(0), world)
     _, outcome = trainer.step(batch, 0.0)
-    assert not outcome.applied and outcome.scale_lowered and outcome.loss_scale == 2**16
-    assert equal(state(trainer), before) and trainer.refused_steps == 1 and trainer.steps_done == 0
+    assert (outcome.applied, outcome.scale_lowered, outcome.loss_scale) == (False, True, 2**16)
+    assert (trainer.refused_steps, trainer.steps_done) == (1, 0)
+    assert equal(state(trainer), before)
     trainer.step_until_applied(batch, 0.0)
     assert trainer.steps_done == 1
     scaling = trainer.engine.loss_scaling()
-    assert scaling is not None and scaling["cur_scale"] == 2 ** (16 - trainer.refused_steps)
+    assert scaling is not None
+    assert scaling["cur_scale"] == 2 ** (16 - trainer.refused_steps)
     assert trainer.save()
     events.flush()
     if world.rank == 0:
@@ -98,7 +101,8 @@ def overflow(config: TrainConfig, world: World, run: ObjectStore, events: EventL
         assert "loss scale 65536" in told[0]["reason"]
     again = build(config, world, run, events)
     assert again.resume() == 1
-    assert again.engine.loss_scaling() == scaling and again.refused_steps == trainer.refused_steps
+    assert again.engine.loss_scaling() == scaling
+    assert again.refused_steps == trainer.refused_steps
     assert equal(state(again), state(trainer))
 
 
@@ -119,7 +123,7 @@ def main(folder: str) -> None:
         from deepspeed.accelerator import get_accelerator
 
         # DeepSpeed asks for fast fp16 kernels; any CPU computes in it.
-        get_accelerator().is_fp16_supported = lambda: True
+        get_accelerator().is_fp16_supported = lambda: True  # type: ignore[union-attr]
         for number, (job, engine) in enumerate(jobs):
             uri = f"{folder}/{number}"
             config, run = worker_config(uri, STEPS, engine), open_store(uri)

@@ -1,6 +1,6 @@
 """One rank that trains a few steps and checks its teacher against a whole fp32 EMA that it keeps beside.
 
-``teacher_worker.py LIST`` of the settings of engine_worker, one job each; an assertion that fails ends the rank with a traceback.
+``teacher_worker.py LIST``: settings of engine_worker, one job each; an assertion that fails ends the rank.
 """
 
 import json
