@@ -139,7 +139,7 @@ class Engine:
         self._engine.step()
         if norm is None:
             norm = float(self._engine.get_global_grad_norm())
-        lowered = scale is not None and self._scaler.cur_scale < scale
+        lowered = self._scaler is not None and self._scaler.cur_scale < scale
         return StepOutcome(self._engine.was_step_applied(), norm, scale, lowered)
 
     def discard(self, loss: torch.Tensor) -> None:
@@ -201,5 +201,6 @@ def _check(config: TrainConfig, local_batch: int) -> None:
             f"{engine.accumulation} micro-batches of the {local_batch} samples of a rank; lower "
             "engine.accumulation or raise data.global_batch"
         )
-    if engine.precision == "fp16" and not get_accelerator().is_fp16_supported():
+    device: Any = get_accelerator()
+    if engine.precision == "fp16" and not device.is_fp16_supported():
         raise ConfigError("this machine does not train in fp16; set engine.precision to bf16 or fp32")
