@@ -27,7 +27,7 @@ def assert_same_run(found: Path, expected: Path, after: int, last: int) -> None:
             assert torch.equal(tensor, other[name]), f"{kind} of {name}"
 
 
-@pytest.mark.parametrize(("precision", "stage", "workers"), [("fp32", 1, 0), ("bf16", 3, 1)])
+@pytest.mark.parametrize(("precision", "stage", "workers"), [("fp32", 1, 0), ("bf16", 2, 1)])
 def test_killed_and_resumed_is_bit_identical(tmp_path, train_data, precision, stage, workers):
     recipe = write_recipe(tmp_path)
     knobs = (
