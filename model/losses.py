@@ -38,13 +38,19 @@ class SingleProcess:
         return x.detach().clone()
 
 
+def mean_factors(totals: Tensor, comm: Collectives) -> Tensor:
+    """From the total weights of this rank's values, any shape: what a weight of 1 counts in this rank's share
+    of the global means, size / global total weight."""
+    whole = comm.sum(totals)
+    return comm.size / whole.clamp(min=torch.finfo(whole.dtype).tiny)
+
+
 def mean_shares(weight_n: Tensor, comm: Collectives) -> Tensor:
     """What each of n values counts in this rank's share of a global mean: size * weight / total weight.
 
     The sum of shares * values, averaged over ranks, is the global weighted mean. Zero if all weights are.
     """
-    total = comm.sum(weight_n.sum())
-    return weight_n * (comm.size / total.clamp(min=torch.finfo(total.dtype).tiny))
+    return weight_n * mean_factors(weight_n.sum(), comm)
 
 
 def teacher_targets(logits_bMK: Tensor, centre_K: Tensor, temperature: float) -> Tensor:

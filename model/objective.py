@@ -6,15 +6,16 @@ patch, K codewords, N hidden words, W vocabulary.
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import contrastive, losses
+from model import losses
 from model.blocks import linear
 from model.config import ModelConfig
+from model.global_batch import Features, GlobalBatch, OnePass
 from model.heads import ImageDecoder, MlmHead, Quantizer, TextDecoder
 from model.losses import Collectives
 from model.masking import branch_factors, corrupt_tokens, kept_patches, split_patches
@@ -42,6 +43,34 @@ class Output(NamedTuple):
     of the codewords: exp of the entropy of the batch's mean target, over K)."""
     centre_K: Tensor | None
     """Mean of the teacher's logits over the masked patches of the global batch; None without codewords."""
+
+
+class Shares(NamedTuple):
+    """What one pass adds to the step: this rank's shares of global sums, so passes can be added up."""
+
+    loss: Tensor
+    """Scalar with gradient."""
+    terms: dict[str, Tensor]
+    """Scalars, unweighted."""
+    averages: dict[str, Tensor]
+    """Of what is only reported: teacher_entropy, centre [K] and target [K], with codewords."""
+    scale: Tensor
+    """[1] factor on the cosines, detached; the same in every pass."""
+
+
+class Captions(NamedTuple):
+    """The captions of one pass, and N hidden words."""
+
+    tokens_BL: Tensor
+    corrupted_BL: Tensor
+    hidden_N: Tensor
+    """Places of the hidden words in the flattened tokens."""
+    weight_N: Tensor
+    """fp32 weights of the samples that they belong to."""
+
+    def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """[2] fp32 weight of the samples, and of the hidden words."""
+        return torch.stack([batch["weight"].float().sum(), self.weight_N.sum()])
 
 
 class MaskClip(nn.Module):
@@ -108,14 +137,19 @@ class Objective(MaskClip):
             self.text_decoder = TextDecoder(config.text, config.mlm, config.attention)
             self.mlm_head = MlmHead(config.text)
 
-    def forward(
+    def forward(self, *args: Any, method: str = "loss", **kwargs: Any) -> Any:
+        """Run `loss`, or the `method` of that name in its place: what an engine shards it gathers in calls of
+        the module only."""
+        return getattr(self, method)(*args, **kwargs)
+
+    def loss(
         self,
         batch: Mapping[str, Tensor],
         teacher: Teacher | None,
         teacher_temperature: float,
         comm: Collectives,
     ) -> Output:
-        """Loss of one batch.
+        """Loss of one batch, with every pass of a step.
 
         Args:
             batch: image [B, 3, H, W] (uint8 0..255 or float 0..1), tokens [B, L] int64, id and epoch [B]
@@ -124,17 +158,42 @@ class Objective(MaskClip):
             teacher_temperature: temperature of the teacher's soft codewords at this step.
             comm: the other ranks.
         """
-        share_B = losses.mean_shares(batch["weight"].float(), comm)
+        return self.report(self.shares(batch, teacher, teacher_temperature, OnePass(comm)), comm)
+
+    def features(self, batch: Mapping[str, Tensor]) -> tuple[Features, Tensor]:
+        """What the contrastive terms of `shares` are computed from, and the weights [2] of the samples and of
+        their hidden words."""
+        captions = self._captions(batch)
+        states = captions.corrupted_BL if self.config.mlm.text_pass == "shared" else captions.tokens_BL
+        _, pooled_BD = self.text(states)
+        text_BE = self._project(self.text_projection, pooled_BD)
+        return self._features(self._image_pass(batch), text_BE), captions.counts(batch)
+
+    def shares(
+        self,
+        batch: Mapping[str, Tensor],
+        teacher: Teacher | None,
+        teacher_temperature: float,
+        everyone: GlobalBatch,
+    ) -> Shares:
+        """This rank's shares, of all rows or of a micro-batch; arguments as `loss`."""
         # Text first: it waits for the device (lengths), and should not wait for the long image passes.
-        text_BE, text_terms = self._text_passes(batch, comm)
-        image_BE = self._image_pass(batch)
-        terms = self._contrast(image_BE, text_BE, share_B, comm) | text_terms
+        captions = self._captions(batch)
+        sample_factor, word_factor = everyone.factors(captions.counts(batch))
+        share_B = batch["weight"].float() * sample_factor
+        text_BE, text_terms = self._text_passes(captions, word_factor)
+        features = self._features(self._image_pass(batch), text_BE)
+        terms = everyone.contrast(features, share_B) | text_terms
         averages: dict[str, Tensor] = {}
         if self.config.distill.weight > 0:
             terms["distill"], averages = self._distill_pass(batch, share_B, teacher, teacher_temperature)
         weights = {"distill": self.config.distill.weight, "mlm": self.config.mlm.weight}
         loss = torch.stack([weights.get(name, 1.0) * term for name, term in terms.items()]).sum()
-        return self._report(loss, terms, averages, comm)
+        return Shares(loss, terms, averages, features.scale.detach())
+
+    def _features(self, image_BE: Tensor, text_BE: Tensor) -> Features:
+        bias = self.logit_bias.float() if self.config.contrastive == "sigmoid" else None
+        return Features(image_BE, text_BE, self.scale, bias)
 
     def _image_pass(self, batch: Mapping[str, Tensor]) -> Tensor:
         """[B, E] features of the images, or of the patches that patch dropout leaves."""
@@ -154,40 +213,38 @@ class Objective(MaskClip):
             self.seed, batch["epoch"], batch["id"], vision.layers, vision.stochastic_depth, visible=visible
         )
 
-    def _contrast(
-        self, image_BE: Tensor, text_BE: Tensor, share_B: Tensor, comm: Collectives
-    ) -> dict[str, Tensor]:
-        if self.config.contrastive == "sigmoid":
-            bias = self.logit_bias.float()
-            return {"pairs": contrastive.sigmoid(image_BE, text_BE, self.scale, bias, share_B, comm)}
-        image_text, text_image = contrastive.info_nce(image_BE, text_BE, self.scale, share_B, comm)
-        return {"image_text": image_text, "text_image": text_image}
-
-    def _text_passes(
-        self, batch: Mapping[str, Tensor], comm: Collectives
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """[B, E] features of the captions, and the MLM term. Captions and masked captions go in one batch."""
+    def _captions(self, batch: Mapping[str, Tensor]) -> Captions:
+        """Captions cut to the longest, and which of their words are hidden."""
         config = self.config
         tokens_BL = cut_to_longest(batch["tokens"], config.text)
         if config.mlm.weight == 0:
-            _, pooled_BD = self.text(tokens_BL)
-            return self._project(self.text_projection, pooled_BD), {}
+            none = batch["weight"].new_zeros(0)
+            return Captions(tokens_BL, tokens_BL, none.long(), none.float())
         corrupted_BL, hidden_BL = corrupt_tokens(
             self.seed, batch["epoch"], batch["id"], tokens_BL, config.mlm.mask_ratio, config.text
         )
         hidden_N = hidden_BL.flatten().nonzero().squeeze(1)
+        weight_N = batch["weight"].float()[hidden_N // tokens_BL.shape[1]]
+        return Captions(tokens_BL, corrupted_BL, hidden_N, weight_N)
+
+    def _text_passes(self, captions: Captions, word_factor: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """[B, E] features of the captions, and the MLM term. Captions and masked captions go in one batch."""
+        config = self.config
+        tokens_BL, corrupted_BL, hidden_N, weight_N = captions
+        if config.mlm.weight == 0:
+            _, pooled_BD = self.text(tokens_BL)
+            return self._project(self.text_projection, pooled_BD), {}
         shared = config.mlm.text_pass == "shared"
         states_BLD, pooled_BD = self.text(corrupted_BL if shared else torch.cat([tokens_BL, corrupted_BL]))
-        captions, length = tokens_BL.shape
+        count, length = tokens_BL.shape
         keys_BL = (
             torch.arange(length, device=tokens_BL.device) < caption_lengths(tokens_BL, config.text)[:, None]
         )
-        decoded_BLD = self.text_decoder(states_BLD[-captions:], keys_BL)
+        decoded_BLD = self.text_decoder(states_BLD[-count:], keys_BL)
         decoded_ND = decoded_BLD.flatten(0, 1).index_select(0, hidden_N)
         logits_NW = self.mlm_head(decoded_ND, self.text.token_embedding.weight)
-        weight_N = batch["weight"].float()[hidden_N // length]
-        mlm = losses.mlm(logits_NW, tokens_BL.flatten()[hidden_N], losses.mean_shares(weight_N, comm))
-        return self._project(self.text_projection, pooled_BD[:captions]), {"mlm": mlm}
+        mlm = losses.mlm(logits_NW, tokens_BL.flatten()[hidden_N], weight_N * word_factor)
+        return self._project(self.text_projection, pooled_BD[:count]), {"mlm": mlm}
 
     def _distill_pass(
         self,
@@ -221,17 +278,17 @@ class Objective(MaskClip):
             "target": share_B @ targets_BMK.mean(dim=1),
         }
 
-    def _report(
-        self, loss: Tensor, terms: dict[str, Tensor], averages: dict[str, Tensor], comm: Collectives
-    ) -> Output:
+    @staticmethod
+    def report(shares: Shares, comm: Collectives) -> Output:
         """Everything that is said about the global batch, summed over ranks in one call."""
-        shares = {"total": loss, **terms, **averages}
-        flat = comm.sum(torch.cat([share.detach().reshape(-1) for share in shares.values()])) / comm.size
-        parts = flat.split([share.numel() for share in shares.values()])
+        loss, terms, averages, scale = shares
+        named = {"total": loss, **terms, **averages}
+        flat = comm.sum(torch.cat([share.detach().reshape(-1) for share in named.values()])) / comm.size
+        parts = flat.split([share.numel() for share in named.values()])
         whole = {
-            name: part.view(share.shape) for (name, share), part in zip(shares.items(), parts, strict=True)
+            name: part.view(share.shape) for (name, share), part in zip(named.items(), parts, strict=True)
         }
-        metrics = {"logit_scale": self.scale.detach().squeeze(0)}
+        metrics = {"logit_scale": scale.squeeze(0)}
         if averages:
             target_K = whole["target"]
             metrics["teacher_entropy"] = whole["teacher_entropy"]

@@ -27,7 +27,7 @@ from system.checkpointer import Checkpointer
 from system.collectives import DistributedCollectives
 from system.config import TrainConfig
 from system.console import Console
-from system.engine import Engine
+from system.engine import TYPES, Engine
 from system.initial_weights import fill, initial_weights
 from system.run_folder import claim_run, describe_run
 from system.teacher_state import ShardedTeacher
@@ -54,7 +54,8 @@ def process_group(world: World) -> Iterator[None]:
     # meanwhile leaves behind, and every later run would wait for it for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # It also calls what torch has renamed: no news for the user.
-    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor`", FutureWarning)
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        warnings.filterwarnings("ignore", f"`torch.distributed.{name}`", FutureWarning)
     _meet(world, "nccl" if cuda else "gloo")
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     try:
@@ -103,16 +104,15 @@ def build_engine(
     fill(objective, parameters or {})
     if config.engine.compile:
         compile_blocks(objective)
-    engine = Engine(objective, config, math.ceil(config.data.global_batch / world.size))
     teacher = None
     if config.model.distill.needs_teacher:
         teacher = Teacher(config.model)
         if config.engine.compile:
             compile_blocks(teacher)
-        teacher.load_student(engine.objective)
-        teacher = teacher.to(
-            engine.device, torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-        )
+        teacher.load_student(objective)  # while its parameters are whole on every rank
+    engine = Engine(objective, config, math.ceil(config.data.global_batch / world.size))
+    if teacher is not None:
+        teacher = teacher.to(engine.device, TYPES[config.engine.precision])
     return engine, ShardedTeacher(teacher, engine.fragments)
 
 

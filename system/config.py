@@ -32,6 +32,9 @@ FREE_KEYS = (
     "data.mix",  # what it mixes, and how, is in the digest that stands for the data set
     "data.loader",
     "engine.zero_stage",
+    "engine.accumulation",
+    "engine.offload_optimizer",
+    "engine.offload_parameters",
     "checkpoint",
     "evaluation",
     "store",
@@ -195,14 +198,51 @@ class TeacherConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    zero_stage: Literal[0, 1, 2] = 1
-    """What DeepSpeed shards over the ranks; 0: nothing, 1: optimizer state, 2: gradients too."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Of activations and gradients; master weights and optimizer state are always fp32."""
+    """How a step is computed. None of it is from the paper, which does not say."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What ranks share out: 1 optimizer state, 2 gradients too, 3 parameters too; 0 nothing."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of the passes; the masters and all sums over ranks are fp32. fp16 has a dynamic loss scale."""
+    accumulation: AtLeastOne = 1
+    """Micro-batches per step and rank. Features are computed one more time, so that negatives come from the
+    whole global batch; loss and gradient are those of accumulation 1."""
+    offload_optimizer: bool = False
+    """Masters and Adam's moments live and are updated in host memory."""
+    offload_parameters: bool = False
+    """The shares of the parameters that the passes compute with live in host memory too (ZeRO 3)."""
     compile: bool = False
     """Compile each transformer block with torch.compile; the first steps take minutes longer."""
     max_refused_steps: AtLeastOne = 3
-    """Refused steps in a row before the attempt ends with the NonFinite exit code."""
+    """Refused steps in a row before the attempt ends with the NonFinite exit code; those that halved the loss
+    scale of fp16 do not count."""
+
+    def __post_init__(self) -> None:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError(
+                "the optimizer is offloaded from stage 1 on; set engine.zero_stage to 1, 2 or 3, or "
+                "engine.offload_optimizer to false"
+            )
+        if self.offload_parameters and not (self.zero_stage == 3 and self.offload_optimizer):
+            raise ValueError(
+                "parameters are offloaded at stage 3 and together with the optimizer; set engine.zero_stage "
+                "to 3 and engine.offload_optimizer to true, or engine.offload_parameters to false"
+            )
+        if self.precision == "fp16" and self.zero_stage == 0:
+            raise ValueError(
+                "DeepSpeed does not scale the loss at stage 0; set engine.zero_stage to 1, 2 or 3, or "
+                "engine.precision to bf16"
+            )
+        if self.accumulation > 1 and self.precision != "fp32" and self.zero_stage < 2:
+            raise ValueError(
+                f"below stage 2 the gradients of micro-batches would be summed in {self.precision}; set "
+                "engine.zero_stage to 2 or 3, engine.precision to fp32 or engine.accumulation to 1"
+            )
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "blocks whose parameters are sharded cannot be compiled; set engine.zero_stage to 2 or "
+                "engine.compile to false"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 "Checkpoint").
 
 A fragment is a run of consecutive elements of one parameter, flattened, with the fp32 master values and
-both Adam moments that this rank holds for it. Stages 1 and 2 give each rank its share; stage 0 keeps
+both Adam moments that this rank holds for it. Stages 1 to 3 give each rank its share; stage 0 keeps
 everything on every rank, and there each rank writes an equal share of every parameter, so that a checkpoint
 never holds an element twice.
 """
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -22,7 +24,7 @@ class Fragment:
     start: int
     """First element of the flattened parameter that `state` covers."""
     state: dict[str, torch.Tensor]
-    """kind -> flat fp32 view [length]."""
+    """kind -> flat fp32 view [length], in host memory where the optimizer is offloaded."""
     saved_start: int
     saved_length: int
     """The run within the parameter that this rank writes to a checkpoint; inside the run that it holds."""
@@ -63,24 +65,16 @@ def replicated_fragments(
         moments = adam.state[keys[master.data_ptr()]]
         moments.setdefault("step", torch.zeros((), dtype=torch.float32, device=master.device))
         state = {"master": master.detach().view(-1)}
-        for kind in ("exp_avg", "exp_avg_sq"):
+        for kind in MOMENTS:
             state[kind] = moments.setdefault(kind, torch.zeros_like(master.detach())).view(-1)
         first, last = (master.numel() * r // world_size for r in (rank, rank + 1))
         yield Fragment(name, 0, state, first, last - first)
 
 
 def partitioned_fragments(module: nn.Module, zero_optimizer) -> Iterator[Fragment]:
-    """ZeRO stages 1 and 2: the part of each parameter that lies in this rank's flat fp32 partition.
-
-    A fresh engine has no Adam state yet; it is created here, one flat tensor per group, as AdamW itself
-    would.
-    """
-    inner = zero_optimizer.optimizer
+    """ZeRO stages 1 and 2: the part of each parameter that lies in this rank's flat fp32 partition."""
     for flat in zero_optimizer.single_partition_of_fp32_groups:
-        moments = inner.state[flat]
-        moments.setdefault("step", torch.zeros((), dtype=torch.float32, device=flat.device))
-        for kind in ("exp_avg", "exp_avg_sq"):
-            moments.setdefault(kind, torch.zeros_like(flat))
+        _create_moments(zero_optimizer.optimizer, flat)
     zero_optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in module.named_parameters():
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]  # set by DeepSpeed
@@ -88,8 +82,47 @@ def partitioned_fragments(module: nn.Module, zero_optimizer) -> Iterator[Fragmen
             continue
         start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
         state = {"master": mapping.get_hp_fragment().detach()}
-        state |= {kind: mapping.get_hp_fragment(optim_state_key=kind) for kind in ("exp_avg", "exp_avg_sq")}
+        state |= {kind: mapping.get_hp_fragment(optim_state_key=kind) for kind in MOMENTS}
         yield Fragment(name, start, state, start, length)
+
+
+def sharded_fragments(module: nn.Module, zero_optimizer, rank: int) -> Iterator[Fragment]:
+    """ZeRO stage 3: this rank's of the equal shares of each parameter, the last of them padded.
+
+    DeepSpeed's public getters copy to the device where the optimizer is offloaded; the views behind them do
+    not.
+    """
+    for flat in zero_optimizer.fp32_partitioned_groups_flat:
+        _create_moments(zero_optimizer.optimizer, flat)
+    for name, parameter in module.named_parameters():
+        share = parameter.partition_numel()  # type: ignore[attr-defined]  # set by DeepSpeed
+        start = rank * share
+        length = min(share, parameter.ds_numel - start)  # type: ignore[attr-defined]
+        if length <= 0:
+            continue
+        state = {}
+        for kind in ("master", *MOMENTS):
+            key = None if kind == "master" else kind
+            view, _ = zero_optimizer._get_fp32_opt_state_partition(parameter, False, key)
+            state[kind] = view.detach()[:length]
+        yield Fragment(name, start, state, start, length)
+
+
+def _create_moments(adam: torch.optim.Optimizer, flat: torch.Tensor) -> None:
+    """A fresh engine has no Adam state yet: one flat tensor per group, as AdamW itself would create it."""
+    moments = adam.state[flat]
+    moments.setdefault("step", torch.zeros((), dtype=torch.float32, device=flat.device))
+    for kind in MOMENTS:
+        moments.setdefault(kind, torch.zeros_like(flat))
+
+
+def refresh_parameters(zero_optimizer) -> None:
+    """ZeRO stage 3: the parameters that the passes compute with, from the masters, as after a step."""
+    zero_optimizer._partition_all_parameters()
+    for group in range(len(zero_optimizer.fp16_groups)):
+        zero_optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    if whole := zero_optimizer.persistent_parameters:
+        whole[0].all_gather(whole)
 
 
 def set_adam_step(optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -13,7 +13,7 @@ CENTRE = ("state", "teacher.centre", 0)
 class JobState:
     def __init__(self, engine: Engine, teacher: ShardedTeacher) -> None:
         self._engine, self._teacher = engine, teacher
-        self.shapes = {name: list(p.shape) for name, p in engine.objective.named_parameters()}
+        self.shapes = engine.shapes
 
     @property
     def _centre(self) -> torch.Tensor | None:

@@ -1,8 +1,10 @@
 """The sharded EMA teacher: an fp32 master in fragments aligned with the optimizer's, and a compute copy.
 
-The master's update is local to each rank (one foreach lerp) and costs 4/W bytes a parameter at stages 1 and
-2. The compute copy, in the training precision, is refreshed from it with one all-gather. An accumulator in
-bf16 would stall: at momentum 0.9999 the increment is below half an ulp (design, "The teacher").
+The master's update is local to each rank (one foreach lerp) and costs 4/W bytes a parameter at stages 1 to
+3, in host memory where the optimizer is offloaded. The compute copy, in the training precision, is refreshed
+from it with one all-gather. It is whole on every rank at stage 3 too, 2 bytes for each parameter of the
+vision tower and the quantizer (4 in fp32), and as much again while it is refreshed. An accumulator in bf16
+would stall: at momentum 0.9999 the increment is below half an ulp (design, "The teacher").
 """
 
 import torch

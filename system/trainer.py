@@ -20,6 +20,7 @@ from cluster.stop import StopRequest
 from data_pipeline.loader import Batch
 from model.losses import Collectives
 from model.objective import Output
+from system.accumulate import Accumulator
 from system.agreement import Verdict, agree
 from system.checkpointer import Checkpointer, SaveVotes
 from system.config import TrainConfig
@@ -45,6 +46,7 @@ class Trainer:
         """`after_step` is called with the number of applied steps once the step is done, by all ranks."""
         self.config, self.after_step = config, after_step
         self.engine, self.teacher, self.comm = engine, teacher, comm
+        self.accumulator = Accumulator(engine, config.engine.accumulation)
         self.checkpointer, self.events, self.console, self.stop = checkpointer, events, console, stop
         self.steps_done = 0
         self.refused_steps = 0
@@ -60,6 +62,7 @@ class Trainer:
             )
         self.steps_done = restored.step
         self.refused_steps = restored.meta.get("refused_steps", 0)
+        self.engine.set_loss_scaling(restored.meta.get("loss_scaling"))
         return restored.step or None
 
     def fit(self, batches: Iterator[Batch]) -> None:
@@ -98,10 +101,13 @@ class Trainer:
         return saved
 
     def step_until_applied(self, batch: Batch, data_seconds: float) -> Verdict:
-        for _ in range(self.config.engine.max_refused_steps):
-            verdict, applied = self.step(batch, data_seconds)
-            if applied:
+        refused = 0
+        while refused < self.config.engine.max_refused_steps:
+            verdict, outcome = self.step(batch, data_seconds)
+            if outcome.applied:
                 return verdict
+            # A loss scale that falls is found in a few tries; it has a lower end.
+            refused += not outcome.scale_lowered
             data_seconds = 0.0
         first = self.steps_done * self.config.data.global_batch
         last = first + self.config.data.global_batch - 1
@@ -111,12 +117,12 @@ class Trainer:
             "lower optimizer.lr or look at these samples"
         )
 
-    def step(self, batch: Batch, data_seconds: float) -> tuple[Verdict, bool]:
+    def step(self, batch: Batch, data_seconds: float) -> tuple[Verdict, StepOutcome]:
         """Forward, agree, backward, apply, teacher: one step of the run, or one counted refusal."""
         started = time.perf_counter()
         batch = {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in batch.items()}
         scheduled = at(self.steps_done, self.config)
-        output = self.engine.forward(
+        output = self.accumulator.forward(
             batch,
             teacher=self.teacher.module,
             teacher_temperature=scheduled.teacher_temperature,
@@ -125,7 +131,9 @@ class Trainer:
         votes = self.checkpointer.votes(self.steps_done + 1)
         verdict = agree(output.loss, batch, self.stop.reason, astuple(votes))
         outcome = StepOutcome(False, float("nan"))
-        if not verdict.non_finite_ranks:
+        if verdict.non_finite_ranks:
+            self.engine.discard(output.loss)
+        else:
             outcome = self.engine.step(output.loss, scheduled.lr)
         if outcome.applied:
             self.teacher.update(
@@ -135,11 +143,13 @@ class Trainer:
             self.record(output, verdict, outcome, scheduled, data_seconds, time.perf_counter() - started)
         else:
             self.refuse(verdict, outcome)
-        return verdict, outcome.applied
+        return verdict, outcome
 
     def refuse(self, verdict: Verdict, outcome: StepOutcome) -> None:
         self.refused_steps += 1
         where = f"loss on {verdict.non_finite_ranks} ranks" if verdict.non_finite_ranks else "gradient"
+        if outcome.loss_scale is not None:
+            where += f" at loss scale {outcome.loss_scale:g}"
         if dist.get_rank() == 0:
             self.events.instant("step_refused", step=self.steps_done, reason=f"non-finite {where}")
             self.console.warn(
@@ -149,7 +159,12 @@ class Trainer:
     def counters(self) -> dict[str, Any]:
         """What a checkpoint says besides the tensors."""
         seen = self.steps_done * self.config.data.global_batch
-        return {"slot": seen, "samples_seen": seen, "refused_steps": self.refused_steps}
+        return {
+            "slot": seen,
+            "samples_seen": seen,
+            "refused_steps": self.refused_steps,
+            "loss_scaling": self.engine.loss_scaling(),
+        }
 
     def record(
         self,
@@ -177,6 +192,8 @@ class Trainer:
             "step_seconds": step_seconds,
             **self.checkpointer.gauges(),
         }
+        if outcome.loss_scale is not None:
+            values["loss_scale"] = outcome.loss_scale
         self.events.scalar(
             self.steps_done, slot=(self.steps_done - 1) * batch, ids_digest=verdict.ids_digest, **values
         )

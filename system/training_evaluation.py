@@ -37,7 +37,7 @@ class TrainingEvaluation:
         self, config: TrainConfig, engine: Engine, teacher: ShardedTeacher, events: EventLog, console: Console
     ) -> None:
         self._settings, self._last_step = config.evaluation, config.run.steps
-        self._events, self._console = events, console
+        self._engine, self._events, self._console = engine, events, console
         self._evaluation: FeatureEvaluation | None = None
         if not self._settings.data:
             return
@@ -74,7 +74,8 @@ class TrainingEvaluation:
         part: Features = {}
         failure: MaskClipError | None = None
         try:
-            part = evaluation.encode(self._encoder, _silent)
+            with self._engine.whole_parameters():  # the ranks' shares may differ by a batch
+                part = evaluation.encode(self._encoder, _silent)
         except MaskClipError as error:
             failure = error
         failures: list[MaskClipError | None] = [None] * self._encoder.share.size

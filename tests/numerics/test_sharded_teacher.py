@@ -1,5 +1,6 @@
 """Law: the teacher in shards is an unsharded fp32 EMA to the bit, and its compute copy is its master."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,9 +11,15 @@ from tests.support import teacher_worker
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision", "processes"), [(0, "fp32", 2), (1, "fp32", 2), (2, "bf16", 3)]
+    ("processes", "every_settings"),
+    [
+        (1, [{"zero_stage": 3, "precision": "bf16", "offload_optimizer": True}]),
+        (2, [{"zero_stage": 0}, {"zero_stage": 1, "accumulation": 4}, {"zero_stage": 3, "accumulation": 2}]),
+        (3, [{"zero_stage": 2, "precision": "bf16"}, {"zero_stage": 3, "precision": "bf16"}]),
+    ],
+    ids=["1", "2", "3"],
 )
-def test_sharded_teacher_equals_unsharded_ema(stage, precision, processes):
-    argv = [sys.executable, teacher_worker.__file__, str(stage), precision]
+def test_sharded_teacher_equals_unsharded_ema(processes, every_settings):
+    argv = [sys.executable, teacher_worker.__file__, json.dumps(every_settings)]
     root = Path(__file__).resolve().parents[2]  # the worker shares code with another one
     assert run_local(argv, processes, {"PYTHONPATH": str(root)}) == 0

@@ -1,35 +1,41 @@
 """One rank that trains the `test` preset on made-up pairs and saves its state.
 
-``train RUN STAGE PRECISION STEPS`` continues from the newest checkpoint of RUN; ``resave SOURCE TARGET
-STAGE`` restores the newest checkpoint of SOURCE into an engine of that stage and writes it to TARGET.
-Events are the real ones; only the data are made up, so that a test can compute the same steps without our
-engine.
+The argument is a JSON list of jobs, done one after the other: ``["train", RUN, STEPS, SETTINGS]`` continues
+from the newest checkpoint of RUN; ``["resave", SOURCE, TARGET, SETTINGS]`` restores the newest checkpoint of
+SOURCE into an engine of those settings and writes it to TARGET. SETTINGS are those of the engine, and
+``gradient_clip``. Events are the real ones; only the data are made up, so that a test can compute the same
+steps without our engine.
 """
 
+import json
 import math
 import sys
+from typing import Any
 
 import torch
 
 from cluster.store import open_store
 from cluster.world import World
 from model.config import preset
+from system.accumulate import Accumulator
 from system.build import build_engine, open_event_log, process_group
 from system.checkpointer import Checkpointer
 from system.collectives import DistributedCollectives
 from system.config import DataConfig, EngineConfig, OptimizerConfig, RunConfig, TrainConfig
 from system.schedules import at
 
-GLOBAL_BATCH = 12
+GLOBAL_BATCH = 11  # no number of ranks or micro-batches divides it
 
 
-def worker_config(run: str, stage: int, precision: str, steps: int) -> TrainConfig:
+def worker_config(run: str, steps: int, settings: dict[str, Any]) -> TrainConfig:
+    engine: dict[str, Any] = {"precision": "fp32", **settings}
+    clip = engine.pop("gradient_clip", 0.0)
     return TrainConfig(
         run=RunConfig(uri=run, steps=steps, seed=3),
         data=DataConfig(uri="none", global_batch=GLOBAL_BATCH, streams=1),
         model=preset("test"),
-        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2),
-        engine=EngineConfig(zero_stage=stage, precision=precision),  # type: ignore[arg-type]
+        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=2, gradient_clip=clip),
+        engine=EngineConfig(**engine),
     )
 
 
@@ -61,38 +67,43 @@ def share(batch: dict[str, torch.Tensor], world: World) -> dict[str, torch.Tenso
     return part
 
 
-def train(run_uri: str, stage: str, precision: str, steps: str) -> None:
-    config, world = worker_config(run_uri, int(stage), precision, int(steps)), World.from_env()
-    with process_group(world):
-        run = open_store(run_uri)
-        with open_event_log(run, world, 1.0) as events:
-            engine, teacher = build_engine(config, world)
-            checkpointer = Checkpointer(run, engine, teacher, events, {})
-            done, comm = checkpointer.restore().step, DistributedCollectives()
-            for step in range(done, config.run.steps):
-                values = at(step, config)
-                batch = share(made_up_batch(step), world)
-                output = engine.forward(
-                    batch, teacher=teacher.module, teacher_temperature=values.teacher_temperature, comm=comm
-                )
-                outcome = engine.step(output.loss, values.lr)
-                assert outcome.applied
-                teacher.update(values.momentum, output.centre_K, config.model.distill.centre_momentum)
-                if world.rank == 0:
-                    events.scalar(step + 1, loss=float(output.total), grad_norm=outcome.grad_norm)
-            meta = {"slot": config.run.steps * GLOBAL_BATCH, "samples_seen": 0}
-            if config.run.steps > done and not checkpointer.save(config.run.steps, meta):
-                raise SystemExit("the checkpoint was not committed")
+def train(run_uri: str, steps: int, settings: dict[str, Any], world: World) -> None:
+    config, run = worker_config(run_uri, steps, settings), open_store(run_uri)
+    with open_event_log(run, world, 1.0) as events:
+        engine, teacher = build_engine(config, world)
+        checkpointer = Checkpointer(run, engine, teacher, events, {})
+        done, comm = checkpointer.restore().step, DistributedCollectives()
+        accumulator = Accumulator(engine, config.engine.accumulation)
+        for step in range(done, steps):
+            values = at(step, config)
+            batch = share(made_up_batch(step), world)
+            output = accumulator.forward(
+                batch, teacher=teacher.module, teacher_temperature=values.teacher_temperature, comm=comm
+            )
+            outcome = engine.step(output.loss, values.lr)
+            assert outcome.applied
+            teacher.update(values.momentum, output.centre_K, config.model.distill.centre_momentum)
+            if world.rank == 0:
+                events.scalar(step + 1, loss=float(output.total), grad_norm=outcome.grad_norm)
+        meta = {"slot": steps * GLOBAL_BATCH, "samples_seen": 0}
+        if steps > done and not checkpointer.save(steps, meta):
+            raise SystemExit("the checkpoint was not committed")
 
 
-def resave(source: str, target: str, stage: str) -> None:
-    world = World.from_env()
-    with process_group(world), open_event_log(open_store(target), world, 1.0) as events:
-        engine, teacher = build_engine(worker_config(source, int(stage), "fp32", 1), world)
+def resave(source: str, target: str, settings: dict[str, Any], world: World) -> None:
+    with open_event_log(open_store(target), world, 1.0) as events:
+        engine, teacher = build_engine(worker_config(source, 1, settings), world)
         restored = Checkpointer(open_store(source), engine, teacher, events, {}).restore()
         meta = {"slot": restored.meta["slot"], "samples_seen": restored.meta["samples_seen"]}
         assert Checkpointer(open_store(target), engine, teacher, events, {}).save(restored.step, meta)
 
 
+def main(jobs: str) -> None:
+    world = World.from_env()
+    with process_group(world):
+        for name, *arguments in json.loads(jobs):
+            {"train": train, "resave": resave}[name](*arguments, world)
+
+
 if __name__ == "__main__":
-    {"train": train, "resave": resave}[sys.argv[1]](*sys.argv[2:])
+    main(sys.argv[1])

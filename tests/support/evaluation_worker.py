@@ -26,7 +26,7 @@ def broken(positions: Sequence[int]) -> Iterator[tuple[str, bytes]]:
 def main(run_uri: str, data: str, train: str, broken_rank: str = "") -> None:
     world, run = World.from_env(), open_store(run_uri)
     settings = EvaluationConfig(data=data, train=train, every_steps=5, batch=8)
-    config = replace(worker_config(run_uri, 1, "fp32", 7), evaluation=settings)
+    config = replace(worker_config(run_uri, 7, {"zero_stage": 3}), evaluation=settings)
     with process_group(world), open_event_log(run, world, 1.0) as events:
         engine, teacher = build_engine(config, world)
         with Console(7, active=False) as console:

@@ -1,14 +1,17 @@
 """One rank that trains a few steps and checks its teacher against a whole fp32 EMA that it keeps beside.
 
-``teacher_worker.py STAGE PRECISION``; an assertion that fails ends the rank with a traceback.
+``teacher_worker.py LIST``: settings of engine_worker, one job each; an assertion that fails ends the rank.
 """
 
+import json
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from cluster.world import World
+from system.accumulate import Accumulator
 from system.build import build_engine, process_group
 from system.collectives import DistributedCollectives
 from system.fragments import Fragment
@@ -34,32 +37,39 @@ def runs(fragments: list[Fragment], tensors: list[torch.Tensor]) -> list[tuple[s
     return [(f.parameter, f.start, tensor.clone()) for f, tensor in zip(fragments, tensors, strict=True)]
 
 
-def main(stage: str, precision: str) -> None:
-    config, world = worker_config("none", int(stage), precision, 5), World.from_env()
+def follow(settings: dict[str, Any], world: World) -> None:
+    config = worker_config("none", 5, settings)
+    engine, teacher = build_engine(config, world)
+    assert teacher.module is not None
+    copies = dict(teacher.module.named_parameters())
+    shapes = {name: parameter.shape for name, parameter in copies.items()}
+    accumulator = Accumulator(engine, config.engine.accumulation)
+    expected = whole(runs(teacher.held, teacher.masters), shapes)
+    for step in range(config.run.steps):
+        values = at(step, config)
+        output = accumulator.forward(
+            share(made_up_batch(step), world),
+            teacher=teacher.module,
+            teacher_temperature=values.teacher_temperature,
+            comm=DistributedCollectives(),
+        )
+        assert engine.step(output.loss, values.lr).applied
+        teacher.update(values.momentum, output.centre_K, config.model.distill.centre_momentum)
+        student = whole(runs(teacher.held, [f.state["master"] for f in teacher.held]), shapes)
+        for name, value in expected.items():
+            value.lerp_(student[name], 1 - values.momentum)
+        found = whole(runs(teacher.held, teacher.masters), shapes)
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), f"{settings}, step {step}: {name}"
+            copy = copies[name].flatten()
+            assert torch.equal(copy, value.to(copy.dtype)), f"{settings}, step {step}: copy of {name}"
+
+
+def main(every_settings: str) -> None:
+    world = World.from_env()
     with process_group(world):
-        engine, teacher = build_engine(config, world)
-        assert teacher.module is not None
-        copies = dict(teacher.module.named_parameters())
-        shapes = {name: parameter.shape for name, parameter in copies.items()}
-        expected = whole(runs(teacher.held, teacher.masters), shapes)
-        for step in range(config.run.steps):
-            values = at(step, config)
-            output = engine.forward(
-                share(made_up_batch(step), world),
-                teacher=teacher.module,
-                teacher_temperature=values.teacher_temperature,
-                comm=DistributedCollectives(),
-            )
-            assert engine.step(output.loss, values.lr).applied
-            teacher.update(values.momentum, output.centre_K, config.model.distill.centre_momentum)
-            student = whole(runs(teacher.held, [f.state["master"] for f in teacher.held]), shapes)
-            for name, value in expected.items():
-                value.lerp_(student[name], 1 - values.momentum)
-            found = whole(runs(teacher.held, teacher.masters), shapes)
-            for name, value in expected.items():
-                assert torch.equal(found[name], value), f"step {step}: {name}"
-                copy = copies[name].flatten()
-                assert torch.equal(copy, value.to(copy.dtype)), f"step {step}: compute copy of {name}"
+        for settings in json.loads(every_settings):
+            follow(settings, world)
 
 
 if __name__ == "__main__":

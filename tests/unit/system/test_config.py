@@ -58,6 +58,13 @@ def test_every_recipe_is_valid_and_begins_with_its_command(path):
         ("run.steps=true", "run.steps"),
         ("optimizer.betas=[0.9]", "optimizer.betas"),
         ("engine.precision=fp8", "engine.precision"),
+        ("engine.accumulation=0", "engine.accumulation"),
+        ("engine.accumulation=2", "engine.accumulation"),  # the recipe's: stage 1 in bf16
+        ("engine.max_refused_steps=0", "engine.max_refused_steps"),
+        ("engine={zero_stage: 0, offload_optimizer: true}", "engine.offload_optimizer"),
+        ("engine={zero_stage: 2, offload_parameters: true}", "engine.offload_parameters"),
+        ("engine={zero_stage: 0, precision: fp16}", "engine.precision"),
+        ("engine={zero_stage: 3, compile: true}", "engine.compile"),
         ("run=5", "run"),
         ("run.steps=0", "run.steps"),
         ("data.loader.workers=-1", "data.loader"),
@@ -277,7 +284,10 @@ def test_identity_ignores_where_and_with_how_many():
         "run.uri=s3://b/c",
         "run.processes=7",
         "data.uri=x",
-        "engine.zero_stage=2",
+        "engine.zero_stage=3",
+        "engine.offload_optimizer=true",
+        "engine.offload_parameters=true",
+        "engine.accumulation=4",
         "data.loader.workers=3",
     ]
     assert digest(identity(load_train_recipe(EMOJI, free))) == base
