@@ -137,7 +137,7 @@ def test_bf16_stages_agree(tmp_path):
     run_worker(2, *(("train", str(tmp_path / name), 5, settings) for name, settings in runs.items()))
     run_worker(1, ("train", str(tmp_path / "fp32"), 5, {"zero_stage": 1}))
     curves = {name: losses(tmp_path / name) for name in (*runs, "fp32")}
-    tolerances = {"0": 1e-5, "2": 1e-5, "3": 2e-3, "accumulated": 5e-3, "fp32": 0.01}
+    tolerances = {"0": 1e-5, "2": 1e-5, "3": 5e-3, "accumulated": 5e-3, "fp32": 0.01}
     for step in range(1, 6):
         for name, tolerance in tolerances.items():
             assert curves[name][step] == pytest.approx(curves["1"][step], rel=tolerance), (name, step)

@@ -249,7 +249,7 @@ def test_help_lists_every_setting_with_type_bounds_default_and_text():
     steps = listed["run.steps"]
     assert (steps.kind, steps.default) == ("whole number, at least 1, at most 999999999", "required")
     assert "cannot be made longer" in steps.text
-    assert listed["engine.precision"].kind == "fp32 | bf16"
+    assert listed["engine.precision"].kind == "fp32 | bf16 | fp16"
     assert (listed["optimizer.betas"].default, listed["data.mix"].kind) == (
         "[0.9, 0.98]",
         "list of {uri, weight}",

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import ConfigError, DataError, ManifestMismatch, NonFinite, ObjectNotFound
-from cluster.manifest import Manifest, commit, file_entry, load
+from cluster.manifest import Manifest, commit, file_entry
 from cluster.store import open_store
 from data_pipeline.records import DATASET_KIND, DATASET_VERSION
+from system.checkpoint import open_checkpoint, sealed
 from system.evaluate import EvaluateConfig, evaluate, evaluations
 from system.evaluation_figures import write_scores
 from system.evaluation_view import render, render_several
@@ -208,14 +210,14 @@ def test_empty_data_set_and_foreign_folder_are_errors(folder: Path, tmp_path: Pa
 def test_a_checkpoint_with_nan_is_an_error_and_stores_nothing(folder: Path, tmp_path: Path):
     shutil.copytree(folder / "run", tmp_path / "run", ignore=shutil.ignore_patterns("evaluations"))
     step = tmp_path / "run/checkpoints/step-000000012"
-    manifest = load(open_store(str(step)), "checkpoint")
+    _, manifest = open_checkpoint(open_store(str(tmp_path / "run")), 12)
     tensors = load_file(step / "rank-00001.safetensors")
     name = next(name for name in tensors if name.startswith("master/image_projection.weight"))
     tensors[name][0] = float("nan")
     save_file(tensors, step / "rank-00001.safetensors")
     entries = tuple(file_entry(step / entry.name, entry.name) for entry in manifest.files)
     (step / "manifest.json").unlink()
-    commit(open_store(str(step)), Manifest(manifest.kind, manifest.version, entries, manifest.meta))
+    commit(open_store(str(step)), sealed(replace(manifest, files=entries)))
     with pytest.raises(NonFinite, match="11 of 11 image embeddings"):
         evaluate(str(tmp_path / "run"), config(folder))
     assert not (tmp_path / "run/evaluations").exists()
