@@ -32,8 +32,8 @@ from cluster.world import World
 from model.config import preset
 from model.losses import SingleProcess
 from system.build import build_engine, open_event_log, process_group
-from system.checkpoint_config import CheckpointConfig
-from system.checkpointer import Checkpointer
+from system.checkpoints.checkpointer import Checkpointer
+from system.checkpoints.config import CheckpointConfig
 from system.config import DataConfig, EngineConfig, OptimizerConfig, RunConfig, TrainConfig
 from system.schedules import at
 

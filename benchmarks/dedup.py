@@ -29,10 +29,10 @@ import pyarrow.parquet as pq
 
 from benchmarks.common import machine
 from cluster.ray_tasks import ray_session
-from data_pipeline.dedup import DuplicateConfig
+from data_pipeline.job.dedup import DuplicateConfig
+from data_pipeline.job.selection import ShardConfig, select_rows
 from data_pipeline.keyed import mix
 from data_pipeline.records import STAGED_SCHEMA
-from data_pipeline.selection import ShardConfig, select_rows
 from tests.support.crash_rig import ray_workers
 
 _CHUNK_ROWS = 10_000

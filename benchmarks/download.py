@@ -52,7 +52,7 @@ def run():
     return len(rows)
 """
 OURS = """
-from data_pipeline.download import DownloadConfig, fetch_rows
+from data_pipeline.fetch.download import DownloadConfig, fetch_rows
 from data_pipeline.records import SourceRow
 config = DownloadConfig(
     concurrency=ARGS["in_flight"],

@@ -47,7 +47,7 @@ def run():
 OURS = (
     _MEMORY
     + """
-from data_pipeline.header import read_header
+from data_pipeline.image.header import read_header
 read_header(open(ARGS["small"], "rb").read())
 def refuse():
     header = read_header(data)

@@ -37,11 +37,11 @@ from benchmarks.common import arguments, machine
 from benchmarks.images import synthetic_jpeg
 from cluster.manifest import Manifest, commit, file_entry
 from cluster.store import open_store
-from data_pipeline.augment import AugmentConfig
-from data_pipeline.loader import Loader, LoaderConfig
-from data_pipeline.order import OrderConfig, SampleOrder
+from data_pipeline.image.augment import AugmentConfig
+from data_pipeline.loading.loader import Loader, LoaderConfig
+from data_pipeline.loading.order import OrderConfig, SampleOrder
 from data_pipeline.records import DATASET_KIND, DATASET_VERSION, Sample, sample_id, shard_names
-from data_pipeline.shard_writer import write_shard
+from data_pipeline.shards.shard_writer import write_shard
 from tests.support.s3_server import S3Server
 
 SHARDS, SIZE, BATCH = 192, 128, 64

@@ -27,14 +27,14 @@ from benchmarks.loader_raw import WEBDATASET
 from cluster.manifest import Manifest, commit, file_entry
 from cluster.store import open_store
 from data_pipeline.records import DATASET_KIND, DATASET_VERSION, Sample, sample_id, shard_names
-from data_pipeline.shard_writer import write_shard
+from data_pipeline.shards.shard_writer import write_shard
 
 SAMPLES, SHARDS, VIEW = 512, 4, 224
 
 OURS = """
-from data_pipeline.augment import AugmentConfig
-from data_pipeline.loader import Loader, LoaderConfig
-from data_pipeline.order import OrderConfig
+from data_pipeline.image.augment import AugmentConfig
+from data_pipeline.loading.loader import Loader, LoaderConfig
+from data_pipeline.loading.order import OrderConfig
 augment = AugmentConfig(image_size=ARGS["view"])
 loader = Loader(ARGS["uri"], OrderConfig(streams=1), augment, LoaderConfig(), 64, 0, 1)
 def run():
@@ -78,7 +78,7 @@ def run():
 LIMIT = """
 import numpy, simplejpeg
 from pathlib import Path
-from data_pipeline.shard_reader import ShardReader
+from data_pipeline.shards.shard_reader import ShardReader
 room = numpy.empty(3 << 20, numpy.uint8)
 readers = [ShardReader(Path(tar), Path(tar).with_suffix(".arrow")) for tar in ARGS["tars"]]
 images = [sample.image for reader in readers for sample in reader.samples(range(ARGS["each"]))]

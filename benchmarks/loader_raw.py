@@ -20,8 +20,8 @@ from benchmarks.common import BUILD, Comparison, Snippet, alternate, arguments, 
 from benchmarks.images import synthetic_jpeg
 from data_pipeline.records import Sample, sample_id
 from data_pipeline.row_checksum import rows_are_whole
-from data_pipeline.shard_reader import ShardReader
-from data_pipeline.shard_writer import write_shard
+from data_pipeline.shards.shard_reader import ShardReader
+from data_pipeline.shards.shard_writer import write_shard
 
 SAMPLES = 4000
 DIFFERENT = 40  # images, repeated
@@ -31,7 +31,7 @@ STREAMING = ["mosaicml-streaming==0.13.*"]
 OURS = """
 import random
 from pathlib import Path
-from data_pipeline.shard_reader import ShardReader
+from data_pipeline.shards.shard_reader import ShardReader
 order = list(range(ARGS["samples"]))
 random.Random(0).shuffle(order)
 def run():

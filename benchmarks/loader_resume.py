@@ -29,7 +29,7 @@ import random, time
 from pathlib import Path
 from cluster.manifest import sha256_file
 from data_pipeline.row_checksum import rows_are_whole
-from data_pipeline.shard_reader import ShardReader
+from data_pipeline.shards.shard_reader import ShardReader
 def once(k):
     start = time.perf_counter()
     index = Path(ARGS["index"])
@@ -70,7 +70,7 @@ NOTE = {}
 BILLION = """
 import json, resource, time
 import numpy as np
-from data_pipeline.order import OrderConfig, SampleOrder
+from data_pipeline.loading.order import OrderConfig, SampleOrder
 rss = lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 batch, steps = 4096, ARGS["samples"] // 4096

@@ -27,8 +27,8 @@ from rich.table import Table
 from benchmarks.common import arguments, machine
 from benchmarks.ray_overhead import make_input
 from cluster.ray_tasks import ray_session
-from data_pipeline.preprocess import PreprocessConfig, run_preprocess
-from data_pipeline.selection import ShardConfig
+from data_pipeline.job.preprocess import PreprocessConfig, run_preprocess
+from data_pipeline.job.selection import ShardConfig
 from tests.support.crash_rig import ray_workers
 
 _CHUNKS = 4

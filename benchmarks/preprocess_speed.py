@@ -20,9 +20,9 @@ import simplejpeg
 
 from benchmarks.common import BUILD, Comparison, Snippet, alternate, arguments, peer_python, report
 from benchmarks.images import photos, synthetic_jpeg
-from data_pipeline.decode import decode_rgb
-from data_pipeline.header import read_header
-from data_pipeline.transforms import shrink
+from data_pipeline.image.decode import decode_rgb
+from data_pipeline.image.header import read_header
+from data_pipeline.image.transforms import shrink
 
 SHORT_SIDE, QUALITY = 256, 95
 SIZES = {(480, 360): (1.29, 1.4), (800, 600): (1.31, 1.8), (1600, 1200): (1.31, 2.2)}
@@ -53,9 +53,9 @@ def run():
 )
 OURS = """
 import glob
-from data_pipeline.header import read_header
+from data_pipeline.image.header import read_header
 from data_pipeline.records import Prepared, SourceRow
-from data_pipeline.transforms import TransformConfig, prepare
+from data_pipeline.image.transforms import TransformConfig, prepare
 config = TransformConfig(
     short_side=ARGS["short_side"], quality=ARGS["quality"], fingerprints=ARGS["fingerprints"]
 )
@@ -71,7 +71,7 @@ def run():
 """
 LIMIT = """
 import glob, simplejpeg
-from data_pipeline.decode import decode_rgb, resize_rgb
+from data_pipeline.image.decode import decode_rgb, resize_rgb
 images = [open(name, "rb").read() for name in sorted(glob.glob(ARGS["images"]))]
 sizes = ARGS["sizes"]
 done = [resize_rgb(decode_rgb(data), tuple(size)) for data, size in zip(images, sizes)]

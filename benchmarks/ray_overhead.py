@@ -22,12 +22,12 @@ from typing import Any
 from benchmarks.common import Measure, alternate, arguments, report
 from benchmarks.images import synthetic_jpeg
 from cluster.ray_tasks import ray_session, run_bounded
-from data_pipeline.download import DownloadConfig
-from data_pipeline.filters import FilterConfig
-from data_pipeline.ledger import StageRecord
-from data_pipeline.sources import SourceConfig, plan_chunks
-from data_pipeline.staging import StageSettings, StageTask, stage_chunk
-from data_pipeline.transforms import TransformConfig
+from data_pipeline.fetch.download import DownloadConfig
+from data_pipeline.image.transforms import TransformConfig
+from data_pipeline.ingest.sources import SourceConfig, plan_chunks
+from data_pipeline.job.filters import FilterConfig
+from data_pipeline.job.ledger import StageRecord
+from data_pipeline.job.staging import StageSettings, StageTask, stage_chunk
 from tests.support.crash_rig import process_table
 from tests.support.raw_input import write_tar
 

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks.common import Snippet, machine, peer_python
 from benchmarks.loader_raw import STREAMING, WEBDATASET
-from data_pipeline.order import OrderConfig, SampleOrder
+from data_pipeline.loading.order import OrderConfig, SampleOrder
 
 SHARDS, SIZE, BATCH = 64, 1000, 256
 TOLERANCE = 0.05

@@ -30,7 +30,7 @@ from model.objective import Objective
 from model.teacher import Teacher, ema_update_
 from model.text import caption_lengths, cut_to_longest
 from system.config import OptimizerConfig
-from system.optim import build_optimizer
+from system.engine.optim import build_optimizer
 from tests.unit.model.samples import make_tokens
 
 _SIDE = 1536

@@ -38,7 +38,7 @@ from model.losses import SingleProcess
 from model.objective import Objective
 from model.teacher import Teacher, ema_update_
 from system.config import OptimizerConfig
-from system.optim import build_optimizer
+from system.engine.optim import build_optimizer
 if not ARGS["full"]:
     config = replace(config, distill=replace(config.distill, weight=0.0), mlm=replace(config.mlm, weight=0.0))
 objective = Objective(config, seed=0)

@@ -16,23 +16,23 @@ from cluster.events import EventLog, claim_attempt
 from cluster.stop import StopRequest
 from cluster.store import ObjectStore
 from cluster.world import World
-from data_pipeline.augment import AugmentConfig
-from data_pipeline.loader import Loader
-from data_pipeline.order import OrderConfig
+from data_pipeline.image.augment import AugmentConfig
+from data_pipeline.loading.loader import Loader
+from data_pipeline.loading.order import OrderConfig
 from model.blocks import compile_blocks
 from model.objective import Objective
 from model.teacher import Teacher
 from system.agreement import on_rank_zero
-from system.checkpointer import Checkpointer
-from system.collectives import DistributedCollectives
+from system.checkpoints.checkpointer import Checkpointer
 from system.config import TrainConfig
 from system.console import Console
-from system.engine import TYPES, Engine
-from system.initial_weights import fill, initial_weights
+from system.engine.collectives import DistributedCollectives
+from system.engine.engine import TYPES, Engine
+from system.engine.teacher_state import ShardedTeacher
+from system.evaluation.training import TrainingEvaluation
+from system.export.initial_weights import fill, initial_weights
 from system.run_folder import claim_run, describe_run
-from system.teacher_state import ShardedTeacher
 from system.trainer import Trainer
-from system.training_evaluation import TrainingEvaluation
 
 JOIN_SECONDS = 300.0
 """How long a rank waits for the others at its start."""

@@ -14,7 +14,9 @@ from typing import Any, NoReturn
 
 from cluster.errors import ConfigError, Hang, MaskClipError, exit_code_of
 from cluster.stop import end_at_once, stop_raises
-from system import checkpoint_commands, checkpoint_upkeep, commands, dataset_commands
+from system import commands, dataset_commands
+from system.checkpoints import commands as checkpoint_commands
+from system.checkpoints import upkeep as checkpoint_upkeep
 
 Handler = Callable[[argparse.Namespace], Any]
 RECIPE = "recipe"
@@ -85,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands.preprocess,
         "raw image-text tars, folders or tables -> a committed data set",
         [recipe],
-        "data_pipeline.preprocess:PreprocessConfig",
+        "data_pipeline.job.preprocess:PreprocessConfig",
     )
     command(
         groups,
@@ -101,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands.evaluate,
         "retrieval, zero-shot, k-NN, linear probe, patches: a checkpoint, or every=true; data=...",
         [run],
-        "system.evaluation_config:EvaluateConfig",
+        "system.evaluation.config:EvaluateConfig",
     )
     command(
         groups,
@@ -109,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands.export,
         "inference weights of a run's checkpoint as safetensors; output=FOLDER",
         [run],
-        "system.export_config:ExportConfig",
+        "system.export.config:ExportConfig",
     )
     command(
         groups,

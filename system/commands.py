@@ -89,7 +89,7 @@ def knobs(args: Args, kind: type) -> Any:
 
 
 def preprocess(args: Args) -> Result:
-    from data_pipeline.preprocess import PreprocessConfig, run_preprocess
+    from data_pipeline.job.preprocess import PreprocessConfig, run_preprocess
     from system.recipe import load_recipe
 
     config = load_recipe(args.recipe, args.knobs, PreprocessConfig)
@@ -139,8 +139,8 @@ def train_config(recipe: str, overrides: list[str]) -> "TrainConfig":
 
 
 def evaluate(args: Args) -> Result:
-    from system.evaluate import EvaluateConfig, evaluations
-    from system.evaluation_view import render, render_several
+    from system.evaluation.evaluate import EvaluateConfig, evaluations
+    from system.evaluation.view import render, render_several
 
     config = knobs(args, EvaluateConfig)
     with progress_bar("encoded") as bar:
@@ -150,22 +150,22 @@ def evaluate(args: Args) -> Result:
     data: Any = {"run": args.run, "results": results} if config.several else results[0]
     text = render_several(results) if config.several else render(results[0])
     if config.output is not None:
-        from system.evaluation_figures import write_scores
+        from system.evaluation.figures import write_scores
 
         data["written"] = write_scores(results, Path(config.output))
     return Result(data, text)
 
 
 def export(args: Args) -> Result:
-    from system.export import ExportConfig
-    from system.export import export as run_export
+    from system.export.export import ExportConfig
+    from system.export.export import export as run_export
 
     result = run_export(args.run, knobs(args, ExportConfig))
     return Result(result, Rows("export", ("what", "value"), list(result.items())).table())
 
 
 def report(args: Args) -> Result:
-    from system.report import load_run, summary, write_report
+    from system.report.report import load_run, summary, write_report
 
     config = knobs(args, ReportConfig)
     record = load_run(open_store(args.run))
@@ -182,7 +182,7 @@ def show_config(args: Args) -> Result:
     if command == "train":
         config: Any = load_train_recipe(args.recipe, args.knobs)
     elif command == "preprocess":
-        from data_pipeline.preprocess import PreprocessConfig
+        from data_pipeline.job.preprocess import PreprocessConfig
 
         config = load_recipe(args.recipe, args.knobs, PreprocessConfig)
     else:

@@ -16,11 +16,11 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from cluster.errors import ConfigError
 from cluster.store import StoreConfig, normal_uri, overlap
-from data_pipeline.loader_config import LoaderConfig
-from data_pipeline.mixing import MixPart
+from data_pipeline.loading.loader_config import LoaderConfig
+from data_pipeline.loading.mixing import MixPart
 from model.config import ModelConfig, resolve
-from system.checkpoint_config import CheckpointConfig
-from system.evaluation_config import EvaluationConfig
+from system.checkpoints.config import CheckpointConfig
+from system.evaluation.config import EvaluationConfig
 from system.recipe import apply_overrides, build_config, read_recipe
 
 # Keys that may differ between the attempts of one run; everything else is the run's identity.

@@ -69,14 +69,14 @@ class RemoveConfig:
 def dataset_verify(args: Args) -> Result:
     from cluster.store import open_store
     from data_pipeline.catalog import verify_dataset
-    from data_pipeline.takedown import tombstone_problems
+    from data_pipeline.upkeep.takedown import tombstone_problems
 
     problems = {args.dataset: verify_dataset(args.dataset) + tombstone_problems(open_store(args.dataset))}
     return verdict(problems, args.dataset, "data set", DataError.exit_code)
 
 
 def dataset_audit(args: Args) -> Result:
-    from data_pipeline.audit_job import audit
+    from data_pipeline.upkeep.audit_job import audit
 
     config = text_knobs(args.knobs, AuditConfig, "dataset audit")
     with progress_bar("audit") as bar:
@@ -102,8 +102,8 @@ def dataset_audit(args: Args) -> Result:
 
 
 def dataset_stats(args: Args) -> Result:
-    from data_pipeline.stats import ASPECT_UNIT, write_stats
-    from data_pipeline.stats import dataset_stats as stats_of
+    from data_pipeline.upkeep.stats import ASPECT_UNIT, write_stats
+    from data_pipeline.upkeep.stats import dataset_stats as stats_of
 
     config = text_knobs(args.knobs, StatsConfig, "dataset stats")
     with progress_bar("stats") as bar:
@@ -118,7 +118,7 @@ def dataset_stats(args: Args) -> Result:
 
 
 def dataset_remove(args: Args) -> Result:
-    from data_pipeline.takedown import remove_samples
+    from data_pipeline.upkeep.takedown import remove_samples
 
     config = text_knobs(args.knobs, RemoveConfig, "dataset remove")
     values = _lines(config.list) if config.list else config.values.split(",")
@@ -145,7 +145,7 @@ def dataset_remove(args: Args) -> Result:
 
 
 def dataset_merge(args: Args) -> Result:
-    from data_pipeline.merge import merge_datasets
+    from data_pipeline.upkeep.merge import merge_datasets
 
     # The number of data sets is open, so the parser cannot tell them from the settings.
     knobs = [word for word in args.words if _KNOB.match(word)]
@@ -159,7 +159,7 @@ def dataset_merge(args: Args) -> Result:
 
 
 def dataset_diff(args: Args) -> Result:
-    from data_pipeline.diff import diff_datasets
+    from data_pipeline.upkeep.diff import diff_datasets
 
     with progress_bar("compared") as bar:
         data = diff_datasets(args.a, args.b, bar)

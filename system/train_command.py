@@ -14,11 +14,11 @@ from cluster.local_launch import run_local
 from cluster.manifest import verify
 from cluster.store import ObjectStore, open_store
 from data_pipeline.catalog import load_dataset
-from data_pipeline.mixing import mix_digest
-from system.checkpoint import committed_steps, open_checkpoint
+from data_pipeline.loading.mixing import mix_digest
+from system.checkpoints.checkpoint import committed_steps, open_checkpoint
 from system.commands import HANDED_OVER, Result, train_config
 from system.config import TrainConfig, to_dict
-from system.history import last_words, own_attempt
+from system.report.history import last_words, own_attempt
 from system.run_folder import check_run
 
 

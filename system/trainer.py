@@ -17,17 +17,17 @@ import torch.distributed as dist
 from cluster.errors import CheckpointIncompatible, Interrupted, NonFinite, Preempted, StorageUnavailable
 from cluster.events import EventLog
 from cluster.stop import StopRequest
-from data_pipeline.loader import Batch
+from data_pipeline.loading.loader import Batch
 from model.losses import Collectives
 from model.objective import Output
-from system.accumulate import Accumulator
 from system.agreement import Verdict, agree
-from system.checkpointer import Checkpointer, SaveVotes
+from system.checkpoints.checkpointer import Checkpointer, SaveVotes
 from system.config import TrainConfig
 from system.console import Console
-from system.engine import Engine, StepOutcome
+from system.engine.accumulate import Accumulator
+from system.engine.engine import Engine, StepOutcome
+from system.engine.teacher_state import ShardedTeacher
 from system.schedules import Scheduled, at
-from system.teacher_state import ShardedTeacher
 
 
 class Trainer:

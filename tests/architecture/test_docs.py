@@ -17,7 +17,7 @@ REQUIRED = (
     "docs/architecture.md",
     "docs/decisions/README.md",
     "examples/emoji/README.md",
-    "data_pipeline/assets/README.md",
+    "data_pipeline/loading/assets/README.md",
 )
 LINK = re.compile(r"\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)")
 HEADING = re.compile(r"^#+\s+(.*)$", re.MULTILINE)

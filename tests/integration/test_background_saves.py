@@ -14,7 +14,7 @@ import pytest
 from cluster.errors import Hang, Superseded
 from cluster.events import claim_attempt, read_events
 from cluster.store import open_store
-from system.checkpoint import committed_steps
+from system.checkpoints.checkpoint import committed_steps
 from tests.integration.test_resume import assert_same_run
 from tests.support import save_rig
 from tests.support.runs import instants, live_steps

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from cluster.store import open_store
 from model.config import preset
 from model.objective import Objective
-from system.checkpoint import read_parameters
+from system.checkpoints.checkpoint import read_parameters
 from system.config import InitConfig
-from system.export import ExportConfig, export
-from system.initial_weights import read_weights
+from system.export.export import ExportConfig, export
+from system.export.initial_weights import read_weights
 from tests.support.runs import maskclip, write_recipe
 from tests.support.small_run import write_run
 

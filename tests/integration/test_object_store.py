@@ -3,7 +3,7 @@
 import json
 
 from cluster.store import open_store
-from system.checkpoint import committed_steps
+from system.checkpoints.checkpoint import committed_steps
 from tests.integration.conftest import preprocess_to
 from tests.support.runs import instants, live_steps, maskclip, train, train_until_killed, write_recipe
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cluster.store import open_store
-from system.checkpoint import committed_steps, read_parameters
+from system.checkpoints.checkpoint import committed_steps, read_parameters
 from tests.support.runs import instants, live_steps, train, train_until_killed, write_recipe
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "teacher")

@@ -15,7 +15,7 @@ import pytest
 
 from cluster import local_launch
 from cluster.store import open_store
-from system.checkpoint import committed_steps
+from system.checkpoints.checkpoint import committed_steps
 from tests.support.runs import instants, live_steps, maskclip, train, write_recipe
 
 

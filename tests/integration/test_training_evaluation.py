@@ -9,7 +9,7 @@ import pytest
 
 from cluster.local_launch import run_local
 from cluster.store import open_store
-from system.history import load_history
+from system.report.history import load_history
 from tests.support import evaluation_worker
 from tests.support.runs import instants, maskclip, train, write_recipe
 from tests.support.small_dataset import write_dataset

@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from model.losses import Collectives, SingleProcess
 from model.objective import Objective, Output
 from model.teacher import Teacher
-from system.accumulate import Accumulator
+from system.engine.accumulate import Accumulator
 from tests.numerics.test_model_ranks import padded_slice
 from tests.unit.model.samples import (
     ThreadRank,
@@ -26,7 +26,7 @@ from tests.unit.model.samples import (
 
 
 class PlainEngine:
-    """What an `Accumulator` asks of `system.engine.Engine`, by PyTorch alone."""
+    """What an `Accumulator` asks of `system.engine.engine.Engine`, by PyTorch alone."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective

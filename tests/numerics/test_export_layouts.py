@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from data_pipeline.augment import eval_view
-from data_pipeline.tokenizer import EOT, SPECIAL, Tokenizer, clean
+from data_pipeline.image.augment import eval_view
+from data_pipeline.loading.tokenizer import EOT, SPECIAL, Tokenizer, clean
 from model.config import preset
-from system.export import ExportConfig, export, load_export
+from system.export.export import ExportConfig, export, load_export
 from tests.support import peers
 from tests.support.small_dataset import write_dataset
 from tests.support.small_run import write_run

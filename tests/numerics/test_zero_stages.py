@@ -14,8 +14,8 @@ from cluster.store import open_store
 from model.losses import SingleProcess
 from model.objective import Objective
 from model.teacher import Teacher, ema_update_
-from system.checkpoint import read_parameters
-from system.optim import build_optimizer, set_learning_rate
+from system.checkpoints.checkpoint import read_parameters
+from system.engine.optim import build_optimizer, set_learning_rate
 from system.schedules import at
 from tests.support import engine_worker
 

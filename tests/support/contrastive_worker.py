@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import contrastive, losses
-from system.collectives import DistributedCollectives
+from system.engine.collectives import DistributedCollectives
 
 ROWS, WIDTH, SCALE, BIAS = 12, 20, 9.0, -4.0
 TILE = 5

@@ -21,12 +21,12 @@ import ray
 
 from cluster.errors import exit_code_of
 from cluster.ray_tasks import ray_session
-from data_pipeline.audit import audit_dataset
-from data_pipeline.dedup import DuplicateConfig
-from data_pipeline.preprocess import PreprocessConfig, run_preprocess
-from data_pipeline.selection import ShardConfig
-from data_pipeline.sources import SourceConfig
-from data_pipeline.transforms import TransformConfig
+from data_pipeline.image.transforms import TransformConfig
+from data_pipeline.ingest.sources import SourceConfig
+from data_pipeline.job.dedup import DuplicateConfig
+from data_pipeline.job.preprocess import PreprocessConfig, run_preprocess
+from data_pipeline.job.selection import ShardConfig
+from data_pipeline.upkeep.audit import audit_dataset
 from tests.support.raw_input import members, write_tar
 
 CHUNKS, ROWS = 24, 6

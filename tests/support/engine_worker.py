@@ -17,11 +17,11 @@ import torch
 from cluster.store import open_store
 from cluster.world import World
 from model.config import preset
-from system.accumulate import Accumulator
 from system.build import build_engine, open_event_log, process_group
-from system.checkpointer import Checkpointer
-from system.collectives import DistributedCollectives
+from system.checkpoints.checkpointer import Checkpointer
 from system.config import DataConfig, EngineConfig, OptimizerConfig, RunConfig, TrainConfig
+from system.engine.accumulate import Accumulator
+from system.engine.collectives import DistributedCollectives
 from system.schedules import at
 
 GLOBAL_BATCH = 11  # no number of ranks or micro-batches divides it

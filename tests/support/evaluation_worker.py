@@ -12,9 +12,9 @@ from cluster.store import open_store
 from cluster.world import World
 from system.build import build_engine, open_event_log, process_group
 from system.console import Console
-from system.evaluation import FeatureEvaluation
-from system.evaluation_config import EvaluationConfig
-from system.training_evaluation import TrainingEvaluation
+from system.evaluation.config import EvaluationConfig
+from system.evaluation.tasks import FeatureEvaluation
+from system.evaluation.training import TrainingEvaluation
 from tests.support.engine_worker import worker_config
 
 

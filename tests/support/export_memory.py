@@ -5,7 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from system.export import ExportConfig, export
+from system.export.export import ExportConfig, export
 
 
 def memory(what: str) -> int:

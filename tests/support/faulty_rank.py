@@ -12,12 +12,13 @@ from typing import Any
 from cluster.manifest import MANIFEST
 from cluster.store_local import LocalStore
 from cluster.world import World
-from system import checkpoint_save, cli
-from system.checkpoint import step_folder
-from system.checkpoint_save import SaveJob
-from system.checkpointer import Checkpointer
-from system.job_state import JobState
-from system.snapshot import Snapshot
+from system import cli
+from system.checkpoints import save as checkpoint_save
+from system.checkpoints.checkpoint import step_folder
+from system.checkpoints.checkpointer import Checkpointer
+from system.checkpoints.job_state import JobState
+from system.checkpoints.save import SaveJob
+from system.checkpoints.snapshot import Snapshot
 from system.trainer import Trainer
 
 

@@ -14,10 +14,10 @@ from cluster.stop import StopRequest
 from cluster.store import ObjectStore, open_store
 from cluster.world import World
 from system.build import build_engine, open_event_log, process_group
-from system.checkpointer import Checkpointer
-from system.collectives import DistributedCollectives
+from system.checkpoints.checkpointer import Checkpointer
 from system.config import TrainConfig
 from system.console import Console
+from system.engine.collectives import DistributedCollectives
 from system.trainer import Trainer
 from tests.support.engine_worker import made_up_batch, share, worker_config
 

@@ -26,13 +26,13 @@ from cluster.world import World
 from model.config import preset
 from system.agreement import peer_lost
 from system.build import build_engine, open_event_log, process_group
-from system.checkpoint import committed_steps
-from system.checkpoint_commands import check
-from system.checkpoint_config import CheckpointConfig
-from system.checkpointer import Checkpointer
-from system.collectives import DistributedCollectives
+from system.checkpoints.checkpoint import committed_steps
+from system.checkpoints.checkpointer import Checkpointer
+from system.checkpoints.commands import check
+from system.checkpoints.config import CheckpointConfig
 from system.config import DataConfig, EngineConfig, OptimizerConfig, RunConfig, TrainConfig
 from system.console import Console
+from system.engine.collectives import DistributedCollectives
 from system.run_folder import describe_run
 from system.trainer import Trainer
 from tests.support import faulty_rank

@@ -18,7 +18,7 @@ from data_pipeline.records import (
     sample_id,
     shard_names,
 )
-from data_pipeline.shard_writer import write_shard
+from data_pipeline.shards.shard_writer import write_shard
 from tests.support.raw_input import encode, noise
 
 

@@ -14,7 +14,7 @@ from cluster.store import ObjectStore, open_store
 from data_pipeline.catalog import load_dataset
 from model.config import ModelConfig, preset
 from model.objective import Objective
-from system.checkpoint import KIND, VERSION, sealed, step_folder
+from system.checkpoints.checkpoint import KIND, VERSION, sealed, step_folder
 from system.config import DataConfig, RunConfig, TrainConfig
 from system.run_folder import claim_run, describe_run
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from cluster.manifest import MANIFEST, Manifest, commit, file_entry, load
 from cluster.store import open_store
-from data_pipeline.ledger import digest
+from data_pipeline.job.ledger import digest
 from data_pipeline.records import (
     DATASET_KIND,
     DATASET_VERSION,
@@ -25,7 +25,7 @@ from data_pipeline.records import (
     sample_id,
     shard_names,
 )
-from data_pipeline.shard_writer import write_shard
+from data_pipeline.shards.shard_writer import write_shard
 
 CHUNKS = 2
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.dedup import DuplicateConfig
+from data_pipeline.job.dedup import DuplicateConfig
 from data_pipeline.records import STAGED_SCHEMA, sample_id
 
 

@@ -6,13 +6,13 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from cluster.store import open_store
-from data_pipeline.augment import eval_view
-from data_pipeline.batch_maker import Batch, collate, undecodable
 from data_pipeline.catalog import load_dataset
-from data_pipeline.dataset_reader import DatasetReader
-from data_pipeline.decode import UndecodableImage
-from data_pipeline.takedown import load_tombstones
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.image.augment import eval_view
+from data_pipeline.image.decode import UndecodableImage
+from data_pipeline.loading.batch_maker import Batch, collate, undecodable
+from data_pipeline.loading.tokenizer import Tokenizer
+from data_pipeline.shards.dataset_reader import DatasetReader
+from data_pipeline.upkeep.takedown import load_tombstones
 
 
 def eval_batches(dataset_uri: str, image_size: int, batch: int) -> Generator[Batch, None, None]:

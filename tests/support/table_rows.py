@@ -7,9 +7,9 @@ from typing import Any
 
 from cluster.store import StoreConfig
 from cluster.store_local import LocalStore
+from data_pipeline.ingest.sources import REASONS, SourceConfig, plan_chunks, read_chunk
+from data_pipeline.ingest.table_source import TableConfig
 from data_pipeline.records import Reject, SourceRow
-from data_pipeline.sources import REASONS, SourceConfig, plan_chunks, read_chunk
-from data_pipeline.table_source import TableConfig
 
 LAION: dict[str, Any] = {"url_column": "URL", "caption_columns": ("TEXT",)}
 SMALL: dict[str, Any] = {"url_column": "url", "caption_columns": ("text",)}

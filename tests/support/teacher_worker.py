@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from cluster.world import World
-from system.accumulate import Accumulator
 from system.build import build_engine, process_group
-from system.collectives import DistributedCollectives
-from system.fragments import Fragment
+from system.engine.accumulate import Accumulator
+from system.engine.collectives import DistributedCollectives
+from system.engine.fragments import Fragment
 from system.schedules import at
 from tests.support.engine_worker import made_up_batch, share, worker_config
 

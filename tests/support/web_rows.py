@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from data_pipeline.download import DownloadConfig, fetch_rows
+from data_pipeline.fetch.download import DownloadConfig, fetch_rows
 from data_pipeline.records import Reject, SourceRow
 
 # 127.0.0.1 stays refused, as on any machine; the others stand for the public web.

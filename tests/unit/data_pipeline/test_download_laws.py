@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from data_pipeline.download import DownloadConfig, fetch_rows
+from data_pipeline.fetch.download import DownloadConfig, fetch_rows
 from data_pipeline.records import Reject, SourceRow
 from tests.support import web_server as web
 from tests.support.web_rows import CONFIG, IMAGE, fetch, fetch_all, row

@@ -14,13 +14,13 @@ import pytest
 from cluster.errors import ManifestMismatch, StorageUnavailable, Superseded
 from cluster.ray_tasks import ray_session
 from cluster.store import open_store
-from data_pipeline import preprocess, write_stage
 from data_pipeline.catalog import load_dataset, verify_dataset
-from data_pipeline.preprocess import PreprocessConfig, PreprocessSummary, run_preprocess
+from data_pipeline.image.transforms import TransformConfig
+from data_pipeline.ingest.sources import SourceConfig
+from data_pipeline.job import preprocess, write_stage
+from data_pipeline.job.preprocess import PreprocessConfig, PreprocessSummary, run_preprocess
+from data_pipeline.job.selection import ShardConfig
 from data_pipeline.scratch import scratch_folder
-from data_pipeline.selection import ShardConfig
-from data_pipeline.sources import SourceConfig
-from data_pipeline.transforms import TransformConfig
 from tests.support.raw_input import members, write_tar
 
 MOMENTS = [("stage", 0), ("stage", 1), ("select", 0), ("write", 0), ("write", 1), ("commit", 0)]

@@ -15,11 +15,11 @@ from cluster.errors import StorageUnavailable
 from cluster.ray_tasks import ray_session
 from cluster.store import open_store
 from data_pipeline.catalog import verify_dataset
-from data_pipeline.download import DownloadConfig
-from data_pipeline.preprocess import PreprocessConfig, run_preprocess
-from data_pipeline.sources import SourceConfig
-from data_pipeline.table_source import TableConfig
-from data_pipeline.transforms import TransformConfig
+from data_pipeline.fetch.download import DownloadConfig
+from data_pipeline.image.transforms import TransformConfig
+from data_pipeline.ingest.sources import SourceConfig
+from data_pipeline.ingest.table_source import TableConfig
+from data_pipeline.job.preprocess import PreprocessConfig, run_preprocess
 from tests.support.raw_input import encode, noise
 from tests.support.web_server import WebServer, in_turn, page
 

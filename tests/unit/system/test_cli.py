@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cluster.store import open_store
-from data_pipeline.takedown import load_tombstones
+from data_pipeline.upkeep.takedown import load_tombstones
 from system import console
 from system.cli import main
 from system.commands import cell, duration, preprocess_note

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import ConfigError
-from data_pipeline.mixing import MixedOrder
-from data_pipeline.order import OrderConfig
-from data_pipeline.preprocess import PreprocessConfig
-from data_pipeline.tokenizer import CONTEXT_LENGTH, VOCAB_SIZE
+from data_pipeline.job.preprocess import PreprocessConfig
+from data_pipeline.loading.mixing import MixedOrder
+from data_pipeline.loading.order import OrderConfig
+from data_pipeline.loading.tokenizer import CONTEXT_LENGTH, VOCAB_SIZE
 from system.config import (
     CAPTION_TOKENS,
     VOCABULARY,
@@ -19,8 +19,8 @@ from system.config import (
     load_train_recipe,
     to_dict,
 )
-from system.evaluation_config import EvaluateConfig
-from system.export_config import ExportConfig
+from system.evaluation.config import EvaluateConfig
+from system.export.config import ExportConfig
 from system.recipe import load_recipe, parse_overrides, validate
 from system.settings_help import settings
 

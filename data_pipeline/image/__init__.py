@@ -1,0 +1,1 @@
+"""Bytes to pixels: header gate, decode, resize, fingerprints, keyed crops."""

@@ -1,0 +1,1 @@
+"""From committed shards to batches: order, mixes, tokens, workers."""

@@ -1,0 +1,1 @@
+"""Committed shards: written, read, cached."""

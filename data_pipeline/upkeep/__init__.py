@@ -1,0 +1,1 @@
+"""What is done to a committed data set: audit, takedown, merge, diff, statistics."""

@@ -1,0 +1,1 @@
+"""Checkpoints: snapshot, save, verify, restore, retention."""

@@ -1,0 +1,1 @@
+"""Student, optimizer and teacher over the ranks."""

@@ -1,0 +1,1 @@
+"""Scores of a checkpoint or of a run in training."""

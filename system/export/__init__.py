@@ -1,0 +1,1 @@
+"""Weights out of checkpoints, and into new runs."""
