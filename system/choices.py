@@ -1,4 +1,4 @@
-"""The words that settings of evaluations and exports use; apart, since the configuration waits for no torch."""
+"""The words that settings of evaluations and exports use; apart, as the configuration waits for no torch."""
 
 from typing import Literal
 
