@@ -138,12 +138,12 @@ def _torch() -> list[Check]:
         bf16 = "with" if torch.cuda.is_bf16_supported() else "without"
         checks.append(Check("gpu", "ok", f"{len(names)} x {names[0]}, {bf16} bf16"))
         device = torch.device("cuda")
-    backend = resolve_backend("auto", device.type)
+    backend = resolve_backend("auto", device.type, torch.bfloat16)
     if device.type == "cuda" and backend != "xformers":
         fix = "install xformers built for this torch, its memory-efficient attention is faster"
-        checks.append(Check("attention", "warn", f"{backend} on {device.type}", fix))
+        checks.append(Check("attention", "warn", f"{backend} on {device.type} in bf16", fix))
     else:
-        checks.append(Check("attention", "ok", f"{backend} on {device.type}"))
+        checks.append(Check("attention", "ok", f"{backend} on {device.type} in bf16"))
     return checks
 
 

@@ -14,14 +14,16 @@ def inputs(
     return q, k, v
 
 
-def test_auto_is_sdpa_on_the_cpu():
-    assert resolve_backend("auto", "cpu") == "sdpa"
-    assert resolve_backend("sdpa", "cuda") == "sdpa"
+def test_auto_on_the_cpu_is_sdpa_and_plain_products_in_bf16():
+    assert resolve_backend("auto", "cpu", torch.float32) == "sdpa"
+    assert resolve_backend("auto", "cpu", torch.bfloat16) == "math"
+    assert resolve_backend("sdpa", "cpu", torch.bfloat16) == "sdpa"
+    assert resolve_backend("sdpa", "cuda", torch.float32) == "sdpa"
 
 
 def test_what_is_asked_for_and_cannot_run_is_an_error():
     with pytest.raises(RuntimeError, match=r"set model\.attention to auto or sdpa"):
-        resolve_backend("xformers", "cpu")
+        resolve_backend("xformers", "cpu", torch.float32)
     with pytest.raises(RuntimeError, match="xformers cannot run on cpu"):
         attention(*inputs(1, 3, 2, 8), backend="xformers")
 
