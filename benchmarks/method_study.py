@@ -1,13 +1,14 @@
-"""Does the method work? CLIP, + MLM, + self-distillation and both, on two real sets of held-out style.
+"""Does the method work? CLIP, + MLM, + self-distillation and both, on two real sets, tested on a new style.
 
-    python -m benchmarks.method_study                      # about an hour of one core; a second call goes on
-    python -m benchmarks.method_study --report docs/images/method-2026-11-24.png     # tables and plot of what is there
+    python -m benchmarks.method_study              # trains what is missing: half an hour of one core for all
+    python -m benchmarks.method_study --report docs/images/method-2026-11-24.png     # tables and plot
 
-Both sets show emoji in two flat styles for training and in a rendered one for the test (examples/emoji). Every
-recipe configs/study_*.yaml is trained with each seed twice: with as many samples as all the others, and with as
-many as the FLOPs of the whole method pay for. The paper's chain of targets is trained with equal samples on
-the first set. A run is one thread and one process without DeepSpeed: the passes in bf16, the masters in fp32,
-as in the engine. Each leaves a JSON file with the rank of the right answer to every query.
+Both sets show emoji, in two flat styles for training and in a rendered one for the test (examples/emoji).
+Every recipe configs/study_*.yaml is trained with each seed twice: with as many samples as all the others, and
+with as many as the FLOPs of the whole method pay for. What the paper's chain of targets has besides is
+trained with equal samples on the first set. A run is one thread and one process without DeepSpeed: passes in
+bf16, masters in fp32, as in the engine. It leaves a JSON file with the rank of the right answer to each
+query.
 """
 
 from __future__ import annotations
@@ -149,7 +150,9 @@ def train(config: TrainConfig) -> tuple[Objective, float]:
         if teacher is not None and averaged is not None:
             followed = dict(masters.named_parameters())
             names = [name for name, _ in averaged.named_parameters()]
-            ema_update_(averaged.parameters(), [followed[name].detach() for name in names], scheduled.momentum)
+            ema_update_(
+                averaged.parameters(), [followed[name].detach() for name in names], scheduled.momentum
+            )
             teacher.load_student(averaged)
             if output.centre_K is not None:
                 teacher.update_centre_(output.centre_K, config.model.distill.centre_momentum)
@@ -207,15 +210,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind")
     parser.add_argument("--processes", type=int, default=1, help="runs at once, one thread each")
-    parser.add_argument("--report", type=Path, metavar="PNG", help="train nothing; tables, and the plot there")
+    parser.add_argument(
+        "--report", type=Path, metavar="PNG", help="train nothing; tables, and the plot there"
+    )
     options = parser.parse_args()
     if options.report is not None:
         report(sorted((FOLDER / "results").glob("*.json")), options.report)
         return
     prepare()
     missing = [job for job in dict.fromkeys(jobs(options.seeds)) if not job.file.exists()]
-    # A new process for each run: what it holds goes with it.
-    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         for number, line in enumerate(pool.imap(run, missing, chunksize=1), start=1):
             print(f"[{number}/{len(missing)}] {line}", flush=True)
 

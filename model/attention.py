@@ -1,5 +1,5 @@
-"""One attention call over three kernels: xformers on CUDA, PyTorch's SDPA elsewhere, plain products in bf16 on
-the CPU, where the backward of SDPA takes four to ten times as long (torch 2.13; benchmarks/2026-11-24-step.md).
+"""One attention call over three kernels: xformers on CUDA, plain products in bf16 on the CPU, PyTorch's SDPA
+elsewhere. (The backward of SDPA takes 4 to 10 times as long there: benchmarks/2026-11-24-step.md.)
 
 Shapes: B batch, L tokens (queries and keys), H heads, D width of one head.
 """

@@ -8,6 +8,7 @@ how many ranks wrote it, or DeepSpeed.
 
 import hashlib
 import json
+import math
 import re
 import warnings
 from collections import defaultdict
@@ -181,6 +182,17 @@ class FragmentReader:
             self.fetch(file, ranges)
         return tensors
 
+    def whole(self, kind: Kind, parameter: str) -> torch.Tensor:
+        """A parameter in its full shape, fp32. Raises CheckpointIncompatible as `read`."""
+        shape = self.shapes[parameter]
+        return self.read([(kind, parameter, 0, math.prod(shape))])[0].view(shape)
+
+    def everything(self, kind: Kind) -> dict[str, torch.Tensor]:
+        """Every parameter that has `kind`, by name, in its full shape, fp32."""
+        names = self.parameters(kind)
+        flat = self.read([(kind, name, 0, math.prod(self.shapes[name])) for name in names])
+        return {name: tensor.view(self.shapes[name]) for name, tensor in zip(names, flat, strict=True)}
+
     def ranges(self, runs: list[Run], targets: list[torch.Tensor]) -> dict[str, list[Range]]:
         """Which bytes of which files go where in the flat `targets`, in the order of the file.
 
@@ -225,10 +237,6 @@ def copy_values(data: bytes, offset: int, size: int, target: torch.Tensor) -> No
         target.copy_(torch.from_numpy(values))
 
 
-def read_parameters(run: ObjectStore, step: int, kind: Kind) -> dict[str, torch.Tensor]:
-    """Every parameter that has `kind` in the checkpoint of `step`, fp32, in its full shape."""
-    reader = FragmentReader(*open_checkpoint(run, step))
-    names = reader.parameters(kind)
-    sizes = [int(np.prod(reader.shapes[name], dtype=np.int64)) for name in names]
-    flat = reader.read([(kind, name, 0, size) for name, size in zip(names, sizes, strict=True)])
-    return {name: tensor.view(reader.shapes[name]) for name, tensor in zip(names, flat, strict=True)}
+def open_fragments(run: ObjectStore, step: int) -> FragmentReader:
+    """What the checkpoint of `step` holds; raises as `open_checkpoint`."""
+    return FragmentReader(*open_checkpoint(run, step))

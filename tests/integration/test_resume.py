@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cluster.store import open_store
-from system.checkpoints.checkpoint import committed_steps, read_parameters
+from system.checkpoints.checkpoint import committed_steps, open_fragments
 from tests.support.runs import instants, live_steps, train, train_until_killed, write_recipe
 
 KINDS = ("master", "exp_avg", "exp_avg_sq", "teacher")
@@ -21,7 +21,7 @@ def assert_same_run(found: Path, expected: Path, after: int, last: int) -> None:
             assert ours[step][key] == theirs[step][key], f"{key} of step {step}"
     stores = open_store(str(found)), open_store(str(expected))
     for kind in KINDS:
-        one, other = (read_parameters(store, last, kind) for store in stores)  # type: ignore[arg-type]
+        one, other = (open_fragments(store, last).everything(kind) for store in stores)  # type: ignore[arg-type]
         assert one.keys() == other.keys()
         for name, tensor in one.items():
             assert torch.equal(tensor, other[name]), f"{kind} of {name}"

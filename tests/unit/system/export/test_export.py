@@ -18,7 +18,7 @@ from cluster.errors import CheckpointIncompatible, ConfigError, DataError, Manif
 from cluster.store import open_store
 from model import convert
 from model.config import preset
-from system.checkpoints.checkpoint import read_parameters
+from system.checkpoints.checkpoint import open_fragments
 from system.export.export import ExportConfig, export, load_export, load_trained
 from tests.support.small_dataset import flip_byte, picture, write_dataset
 from tests.support.small_run import run_config, student_and_teacher, write_run
@@ -238,7 +238,7 @@ def test_the_example_reads_a_checkpoint(run: str):
     names = run_path(str(READER))
     for kind in ("master", "exp_avg", "teacher"):
         theirs = names["read_checkpoint"](f"{run}/checkpoints/step-000000012", kind)
-        ours = read_parameters(open_store(run), 12, kind)
+        ours = open_fragments(open_store(run), 12).everything(kind)
         assert theirs.keys() == ours.keys()
         assert all(np.array_equal(theirs[name], ours[name].numpy()) for name in ours)
 
