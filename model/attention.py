@@ -1,5 +1,5 @@
 """One attention call over three kernels: xformers on CUDA, plain products in bf16 on the CPU, PyTorch's SDPA
-elsewhere. (The backward of SDPA takes 4 to 10 times as long there: benchmarks/2026-11-24-step.md.)
+elsewhere. (The backward of SDPA takes 4 to 8 times as long there: benchmarks/2026-11-24-step.md.)
 
 Shapes: B batch, L tokens (queries and keys), H heads, D width of one head.
 """
