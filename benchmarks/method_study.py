@@ -50,7 +50,7 @@ from system.schedules import at
 
 FOLDER = BUILD / "study"
 STEPS = {"emoji": 80, "every-emoji": 120}
-"""Steps of equal samples, by set: 600 concepts, and all 1,563 that three styles draw."""
+"""Steps of equal samples, by set: 600 concepts, and all 1,562 that three styles draw."""
 STUDY = ("clip", "mlm", "distill", "maskclip")
 CHAIN = ("pixels", "features")
 """What the paper's chain has besides: CLIP, pixels, features, EMA (distill), + MLM (maskclip)."""

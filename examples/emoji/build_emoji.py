@@ -106,13 +106,21 @@ def load_concepts(packages: Path) -> list[Concept]:
 
 
 def every_concept(packages: Path) -> list[Concept]:
-    """All that CLDR names and all three styles draw, by code; of concepts with the same name the first."""
-    words, found = Words(packages), dict[str, Concept]()
+    """All that CLDR names and all three styles draw, by code; of those with the same name or the same eval
+    picture the first."""
+    words, found, seen = Words(packages), dict[str, Concept](), set[bytes]()
     for picture in sorted((packages / "emoji-datasource-google/img/google/64").glob("*.png")):
         concept = words.concept(picture.stem)
+        if concept is None or concept.name in found:
+            continue
         twitter = packages / f"emoji-datasource-twitter/img/twitter/64/{picture.name}"
-        if concept is not None and twitter.exists() and fluent_file(packages, concept) is not None:
-            found.setdefault(concept.name, concept)
+        fluent = fluent_file(packages, concept)
+        if not twitter.exists() or fluent is None:
+            continue
+        drawn = (packages / FLUENT / fluent).read_bytes()
+        if drawn not in seen:
+            seen.add(drawn)
+            found[concept.name] = concept
     return list(found.values())
 
 

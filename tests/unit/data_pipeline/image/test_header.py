@@ -245,7 +245,7 @@ def test_a_huge_jpeg_is_known_without_its_pixels() -> None:
 
 
 def test_every_reason_is_in_the_documentation() -> None:
-    root = Path(__file__).resolve().parents[3]
+    root = Path(__file__).resolve().parents[4]
     lines = (root / "docs/data-format.md").read_text("utf-8").splitlines()
     assert [f"| `{reason}` | {meaning} |" for reason, meaning in REASONS.items()] == [
         line for line in lines if line.startswith(tuple(f"| `{reason}`" for reason in REASONS))

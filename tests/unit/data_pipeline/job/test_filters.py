@@ -335,7 +335,7 @@ def test_a_rule_for_a_column_that_the_table_does_not_give_is_an_error() -> None:
 
 
 def test_every_reason_is_in_the_documentation() -> None:
-    page = Path(__file__).resolve().parents[3] / "docs/sources.md"
+    page = Path(__file__).resolve().parents[4] / "docs/sources.md"
     lines = page.read_text("utf-8").splitlines()
     for stage, reasons in (("source", SOURCE_REASONS), ("filters", REASONS)):
         assert [line for line in lines if f"| {stage} |" in line] == [

@@ -30,7 +30,7 @@ from data_pipeline.job.preprocess import PreprocessConfig, PreprocessSummary, ru
 from data_pipeline.job.selection import ShardConfig
 from tests.support.raw_input import encode, members, noise, write_tar
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 CHUNKS = 6
 # A driver of its own, which kills itself at some point: python -c DRIVER <source> <output> [<stage> <done>]
 DRIVER = """

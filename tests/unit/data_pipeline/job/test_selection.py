@@ -30,7 +30,7 @@ from data_pipeline.keyed import mix
 from data_pipeline.records import ROWS_SCHEMA, STAGED_SCHEMA
 from tests.support.staged_set import StagedSet, expected_drops, planted, refused_row, staged_row, write_round
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 ALL = DuplicateConfig(bytes=True, pixels=True, pair=True, near_radius=3)
 NONE = DuplicateConfig()
 GLOBAL = ShardConfig(shuffle="global", samples_per_shard=40, seed=7)

@@ -24,7 +24,7 @@ from data_pipeline.records import sample_id
 from system.config import DataConfig, load_train_recipe
 from tests.support.small_dataset import write_dataset
 
-EMOJI = str(Path(__file__).resolve().parents[3] / "configs" / "emoji.yaml")
+EMOJI = str(Path(__file__).resolve().parents[4] / "configs" / "emoji.yaml")
 
 
 class Case(NamedTuple):

@@ -23,7 +23,7 @@ from system.export.export import ExportConfig, export, load_export, load_trained
 from tests.support.small_dataset import flip_byte, picture, write_dataset
 from tests.support.small_run import run_config, student_and_teacher, write_run
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 READER = ROOT / "examples/read_checkpoint.py"
 
 
