@@ -114,8 +114,10 @@ def _draw(cells: dict[tuple[str, str, str], list[dict[str, Any]]], picture: Path
     for row, data in zip(grid, sets, strict=True):
         for axes, measure in zip(row, MEASURES, strict=True):
             _panel(axes, cells, data, measure)
-        row[0].set_ylabel("")
-    grid[0, 0].legend(fontsize=7, frameon=False, loc="lower right")
+    grid[0, 0].invert_yaxis()  # of all, which share it
+    figure.legend(
+        *grid[0, 0].get_legend_handles_labels(), fontsize=8, frameon=False, ncols=2, loc="outside lower right"
+    )
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=110)
 
@@ -141,4 +143,3 @@ def _panel(
     axes.set_title(f"{data}: {measure}, %", fontsize=8)
     axes.tick_params(labelsize=7, length=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.invert_yaxis()
