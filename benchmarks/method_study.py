@@ -1,6 +1,6 @@
 """Does the method work? CLIP, + MLM, + self-distillation and both, on two real sets, tested on a new style.
 
-    python -m benchmarks.method_study              # trains what is missing: about 20 minutes of one core for all
+    python -m benchmarks.method_study            # trains what is missing: 20 minutes of one core for all
     python -m benchmarks.method_study --report docs/images/method-2026-11-24.png     # tables and plot
 
 Both sets show emoji, in two flat styles for training and in a rendered one for the test (examples/emoji).
