@@ -23,16 +23,17 @@ from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
-import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  what every engine imports when it is made
+import deepspeed.runtime.zero.muon.original_muon
 import torch
-import torch._dynamo  # noqa: F401
+import torch._dynamo
 
 from cluster.errors import exit_code_of
 from cluster.stop import StopRequest
 from cluster.store import StoreConfig, open_store
 from cluster.world import World
+from data_pipeline.loading.loader import Batch
 from model.config import TextConfig, preset
-from system.agreement import peer_lost
+from system.agreement import Verdict, peer_lost
 from system.build import build_engine, open_event_log, process_group
 from system.checkpoints.checkpoint import committed_steps
 from system.checkpoints.checkpointer import Checkpointer
@@ -41,6 +42,7 @@ from system.checkpoints.config import CheckpointConfig
 from system.config import DataConfig, EngineConfig, OptimizerConfig, RunConfig, TrainConfig
 from system.console import Console
 from system.engine.collectives import DistributedCollectives
+from system.engine.engine import StepOutcome
 from system.run_folder import describe_run
 from system.trainer import Trainer
 from tests.support import faulty_rank
@@ -49,7 +51,7 @@ from tests.support.engine_worker import GLOBAL_BATCH, made_up_batch, share
 PATIENCE_SECONDS, GRACE_SECONDS = 90.0, 15.0
 MET, RESUMED, TRAINED = range(3)
 progress = memoryview(mmap.mmap(-1, 24)).cast("q")
-"""What the first rank tells the rig: whether the ranks have met, the step it resumed from, its last step."""
+"""What the ranks tell the rig: whether they have met, the step they resumed from, their last step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +71,20 @@ class Rig:
 
 def batches(first: int, rig: Rig, world: World, text: TextConfig) -> Iterator[dict[str, torch.Tensor]]:
     for step in range(first, rig.steps):
-        if world.rank == 0:
-            progress[TRAINED] = step
         time.sleep(rig.pause)
         yield share(made_up_batch(step, text), world)
-    if world.rank == 0:
-        progress[TRAINED] = rig.steps
+
+
+class WatchedTrainer(Trainer):
+    def resume(self) -> int | None:
+        resumed = super().resume()
+        progress[RESUMED] = progress[TRAINED] = self.steps_done
+        return resumed
+
+    def step(self, batch: Batch, data_seconds: float) -> tuple[Verdict, StepOutcome]:
+        done = super().step(batch, data_seconds)
+        progress[TRAINED] = self.steps_done
+        return done
 
 
 def rank(run_uri: str, rig: Rig) -> None:
@@ -97,11 +107,10 @@ def rank(run_uri: str, rig: Rig) -> None:
         checkpointer = Checkpointer(run, engine, teacher, events, about, config.checkpoint)
         with Console(rig.steps, active=False) as console, StopRequest() as stop:
             comm = DistributedCollectives()
-            trainer = Trainer(
+            trainer = WatchedTrainer(
                 config, engine, teacher, comm, checkpointer, events, console, stop, lambda _: None
             )
             resumed = trainer.resume()
-            progress[RESUMED] = trainer.steps_done
             events.instant(
                 "attempt_started",
                 resumed_step=resumed,

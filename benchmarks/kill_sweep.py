@@ -1,0 +1,67 @@
+"""Is a run that was killed, wherever and whenever, to the bit the run that nobody killed?
+
+    python -m benchmarks.kill_sweep [--kills 200] [--no-points] [--stage 1] [--s3 URI] [--seed 0] [--json FILE]
+
+Two ranks of the real trainer (tiny model, ZeRO, a save every 2 of 10 steps) get SIGKILL, one of them or all, at
+every instrumented point of a step, a save, a prune and a restore, and then at random moments; each time the job
+is started again as a supervisor would. After every attempt each committed checkpoint must verify and be, byte
+for byte, that of the undisturbed run; the attempt must have gone on from the newest one; and in the end every
+loss of every attempt must be equal. `make sweep` is this with the settings above.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import machine
+from tests.support.kill_sweep import Outcome, Sweep
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=200, help="at random moments")
+    parser.add_argument("--points", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--stage", type=int, default=1, choices=range(4), help="of ZeRO")
+    parser.add_argument("--s3", help="s3://bucket/prefix for the runs, as the AWS_* environment says")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    console = Console(width=120)
+    place = (lambda: f"{args.s3}/{secrets.token_hex(8)}") if args.s3 else None
+    with (
+        tempfile.TemporaryDirectory(prefix="maskclip-") as folder,
+        console.status("the undisturbed run") as line,
+    ):
+
+        def progressed(now: Outcome) -> None:
+            line.update(f"{now.kills} kills, {now.runs} runs, {len(now.wrong)} wrong, {now.seconds:.0f} s")
+
+        sweep = Sweep(Path(folder), place, args.stage, args.seed, progressed)
+        if args.points:
+            sweep.at_points()
+        sweep.at_moments(args.kills)
+    outcome = sweep.outcome
+    table = Table("", "", title="kill sweep", show_header=False)
+    for name, value in asdict(outcome).items():
+        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        table.add_row(name.replace("_", " "), f"{shown:.0f}" if isinstance(shown, float) else str(shown))
+    console.print(table)
+    if args.json:
+        about = machine(["torch", "deepspeed"]) | {name: str(value) for name, value in vars(args).items()}
+        args.json.write_text(json.dumps(asdict(outcome) | {"about": about}, indent=1) + "\n")
+    return 1 if outcome.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
