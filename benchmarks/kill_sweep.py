@@ -1,21 +1,25 @@
 """Is a run that was killed, wherever and whenever, to the bit the run that nobody killed?
 
-    python -m benchmarks.kill_sweep [--kills 200] [--no-points] [--stage 1] [--s3 URI] [--seed 0] [--json FILE]
+    python -m benchmarks.kill_sweep [--kills 200] [--no-points] [--stage 1] [--store local] [--json FILE]
 
-Two ranks of the real trainer (tiny model, ZeRO, a save every 2 of 10 steps) get SIGKILL, one of them or all, at
-every instrumented point of a step, a save, a prune and a restore, and then at random moments; each time the job
-is started again as a supervisor would. After every attempt each committed checkpoint must verify and be, byte
-for byte, that of the undisturbed run; the attempt must have gone on from the newest one; and in the end every
-loss of every attempt must be equal. `make sweep` is this with the settings above.
+Two ranks of the real trainer (tiny model, ZeRO, a save every 2 of 10 steps) get SIGKILL, one of them or all,
+at every instrumented point of a step, a save, a prune and a restore, and then at random moments; each time
+the job is started again as a supervisor would. After every attempt each committed checkpoint must verify and
+be, byte for byte, that of the undisturbed run; the attempt must have gone on from the newest one; and in the
+end every loss of every attempt must be equal. `make sweep` is this with the settings above; `--store s3`
+starts a server of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import secrets
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +28,23 @@ from rich.table import Table
 
 from benchmarks.common import machine
 from tests.support.kill_sweep import Outcome, Sweep
+from tests.support.s3_server import S3Server
+
+
+@contextmanager
+def places(store: str, folder: Path) -> Iterator[Callable[[], str]]:
+    """Addresses for runs."""
+    if store == "local":
+        yield lambda: str(folder / secrets.token_hex(8))
+        return
+    server = S3Server(folder / "server")
+    server.start()
+    os.environ |= server.env
+    bucket = server.make_bucket("runs")
+    try:
+        yield lambda: f"{bucket}/{secrets.token_hex(8)}"
+    finally:
+        server.kill()
 
 
 def main() -> int:
@@ -33,14 +54,14 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="at random moments")
     parser.add_argument("--points", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--stage", type=int, default=1, choices=range(4), help="of ZeRO")
-    parser.add_argument("--s3", help="s3://bucket/prefix for the runs, as the AWS_* environment says")
+    parser.add_argument("--store", choices=("local", "s3"), default="local", help="where the runs are")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     console = Console(width=120)
-    place = (lambda: f"{args.s3}/{secrets.token_hex(8)}") if args.s3 else None
     with (
         tempfile.TemporaryDirectory(prefix="maskclip-") as folder,
+        places(args.store, Path(folder)) as place,
         console.status("the undisturbed run") as line,
     ):
 

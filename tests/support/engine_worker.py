@@ -24,6 +24,7 @@ from system.engine.accumulate import Accumulator
 from system.engine.collectives import DistributedCollectives
 from system.schedules import at
 
+TEXT = preset("test").text
 GLOBAL_BATCH = 11  # no number of ranks or micro-batches divides it
 
 
@@ -39,7 +40,7 @@ def worker_config(run: str, steps: int, settings: dict[str, Any]) -> TrainConfig
     )
 
 
-def made_up_batch(step: int, text: TextConfig = preset("test").text) -> dict[str, torch.Tensor]:
+def made_up_batch(step: int, text: TextConfig = TEXT) -> dict[str, torch.Tensor]:
     """The global batch of a step, a pure function of the step."""
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.zeros(GLOBAL_BATCH, text.context_length, dtype=torch.int64)

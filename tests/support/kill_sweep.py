@@ -1,13 +1,12 @@
-"""Kills training at every instrumented point and at random moments, and compares with a run that nobody killed.
+"""Kills training at every instrumented point and at random moments, and compares with an undisturbed run.
 
-Everything is compared to the bit: the files of every checkpoint (weights, Adam's moments, teacher), their data
-position, and the scalars of every step of every attempt.
+Everything is compared to the bit: the files of every checkpoint (weights, Adam's moments, teacher), their
+data position, and the scalars of every step of every attempt.
 """
 
 from __future__ import annotations
 
 import random
-import secrets
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -49,8 +48,8 @@ class Outcome:
     steps: int = 0
     """Whose scalars were compared, over all attempts."""
     most_lost: dict[str, int] = field(default_factory=lambda: {"waited": 0, "beside": 0})
-    """Steps that a resume had to repeat, where training waits for its saves, and where they run beside it: then
-    the steps count as well that are trained while one is in flight."""
+    """Steps that a resume had to repeat, where training waits for its saves, and where they run beside it:
+    there the steps count as well that are trained while one is in flight."""
     wrong: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -59,20 +58,21 @@ class Sweep:
     def __init__(
         self,
         folder: Path,
-        place: Callable[[], str] | None = None,
+        place: Callable[[], str],
         stage: int = 1,
         seed: int = 0,
         progressed: Callable[[Outcome], None] = lambda _: None,
     ) -> None:
         """
         Args:
-            place: the address of a new run; a folder in `folder` if not given.
+            folder: on a local disk, for the undisturbed run.
+            place: the address of a new run.
             progressed: is called after every attempt.
         """
-        self.place = place or (lambda: str(folder / secrets.token_hex(4)))
-        self.random, self.progressed = random.Random(seed), progressed
+        self.place, self.progressed = place, progressed
+        self.random = random.Random(seed)
         waited = CheckpointConfig(every_steps=EVERY, keep_last=2, background=False)
-        self.waited = Rig(zero_stage=stage, steps=STEPS, checkpoint=waited)
+        self.waited = Rig(zero_stage=stage, steps=STEPS, checkpoint=waited, log=str(folder / "ranks.log"))
         self.beside = replace(self.waited, checkpoint=replace(waited, background=True), pause=0.02)
         self.outcome, self._trained = Outcome(), -1
         _ = deepspeed.ops.__compatible_ops__  # is asked of the compiler once, and not in every rank
@@ -83,7 +83,7 @@ class Sweep:
         rig = replace(self.waited, checkpoint=CheckpointConfig(every_steps=1, background=False))
         codes = attempt(uri, rig, "whole")
         if any(codes):
-            raise RuntimeError(f"the undisturbed run ended with {codes}: see above")
+            raise RuntimeError(f"the undisturbed run ended with {codes}:\n{Path(rig.log).read_text()}")
         self.length, run = time.monotonic() - started, open_store(uri)
         self.states = {step: _state(run, step) for step in committed_steps(run)}
         self.scalars = {event["step"]: _exact(event) for event in _scalars(run)}

@@ -1,7 +1,7 @@
 """A run of several attempts, each of which may be killed at a named point or moment, in forked ranks.
 
-``save_rig.py RUN CONFIG ATTEMPT...``: CONFIG is JSON (the fields of `Rig`, and those of a checkpoint section),
-ATTEMPT is ``POINT:STEP:VICTIM`` (see `faulty_rank.POINTS`; the victim is a rank, or ``all``),
+``save_rig.py RUN CONFIG ATTEMPT...``: CONFIG is JSON (fields of `Rig`, and of a checkpoint section), ATTEMPT
+is ``POINT:STEP:VICTIM`` (see `faulty_rank.POINTS`; the victim is a rank, or ``all``),
 ``moment:SECONDS:VICTIM`` after the ranks have met, or ``whole``. The trainer, the checkpointer and the store
 are the real ones; only the batches are made up. Torch and DeepSpeed are imported once, so that an attempt
 takes a second. Prints a line of JSON per attempt: exit codes (negative: the signal), committed steps, what is
@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -65,8 +65,10 @@ class Rig:
     """Seconds before each step."""
     vocabulary: int = 1000
     """Words; 49,408 make a file of more than one part of an upload."""
+    log: str = ""
+    """File for what the ranks print; empty: where the rig prints."""
     checkpoint: CheckpointConfig
-    store: StoreConfig = StoreConfig()
+    store: StoreConfig = field(default_factory=StoreConfig)
 
 
 def batches(first: int, rig: Rig, world: World, text: TextConfig) -> Iterator[dict[str, torch.Tensor]]:
@@ -129,6 +131,8 @@ def start(run_uri: str, rig: Rig, number: int, port: int, kill: str, group: int)
     code = 0
     try:
         os.setpgid(0, group)
+        if rig.log:
+            os.dup2(os.open(rig.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         size = rig.processes
         ranks = {"RANK": number, "WORLD_SIZE": size, "LOCAL_RANK": number, "LOCAL_WORLD_SIZE": size}
         os.environ |= {name: str(value) for name, value in ranks.items()}
