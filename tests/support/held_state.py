@@ -1,10 +1,19 @@
 """A job that is nothing but its state: what saves and restores need of `JobState`, in one process."""
 
 import math
+import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
+from cluster.events import EventLog
+from cluster.store import ObjectStore
+from system.checkpoints.config import CheckpointConfig
+from system.checkpoints.local_tier import LocalTier
+from system.checkpoints.retention import Retention
+from system.checkpoints.save import Place, SaveJob
+from system.checkpoints.snapshot import Snapshot
 from system.checkpoints.state_digest import add, run_sum
 
 SHAPES = {"a.weight": [40, 30], "b": [1]}
@@ -39,3 +48,20 @@ class HeldState:
 
     def equals(self, other: "HeldState") -> bool:
         return all(torch.equal(values, other.values[key]) for key, values in self.values.items())
+
+
+def save_job(
+    run: ObjectStore,
+    events: EventLog,
+    step: int,
+    state: HeldState,
+    local: LocalTier | None = None,
+    **knobs: Any,
+) -> SaveJob:
+    """What saves `state`, with these settings of a checkpoint section."""
+    config = CheckpointConfig(**knobs)
+    place = Place(run, 0, 1, events, config, local, Retention(run, config, events))
+    snapshot = Snapshot(state.saved_tensors())
+    snapshot.take(state.saved_tensors())
+    meta = {"slot": step * 8, "samples_seen": step * 8, "parameters": state.shapes}
+    return SaveJob(place, step, meta, snapshot, time.monotonic(), 0.0)

@@ -1,7 +1,7 @@
 """One process saves and restores a state: damage is always found, and nothing good is ever given up."""
 
 import random
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +14,10 @@ from cluster.store import ObjectStore, open_store
 from cluster.store_local import LocalStore
 from system.checkpoints import save as checkpoint_save
 from system.checkpoints.checkpoint import committed_steps, open_checkpoint, step_folder
-from system.checkpoints.config import CheckpointConfig
 from system.checkpoints.local_tier import LocalTier
 from system.checkpoints.restore import restore
-from system.checkpoints.retention import Retention
-from system.checkpoints.save import Place, SaveJob
-from system.checkpoints.snapshot import Snapshot
-from tests.support.held_state import HeldState
+from system.checkpoints.save import SaveJob
+from tests.support.held_state import HeldState, save_job
 from tests.support.small_dataset import flip_byte
 
 
@@ -44,23 +41,8 @@ def events(run):
     log.close()
 
 
-def job(
-    run: ObjectStore,
-    events: EventLog,
-    step: int,
-    state: HeldState,
-    config: CheckpointConfig,
-    local: LocalTier | None = None,
-) -> SaveJob:
-    place = Place(run, 0, 1, events, config, local, Retention(run, config, events))
-    snapshot = Snapshot(state.saved_tensors())
-    snapshot.take(state.saved_tensors())
-    meta = {"slot": step * 8, "samples_seen": step * 8, "parameters": state.shapes}
-    return SaveJob(place, step, meta, snapshot, time.monotonic(), 0.0)
-
-
 def save(run: ObjectStore, events: EventLog, step: int, state: HeldState, **knobs) -> SaveJob:
-    done = job(run, events, step, state, CheckpointConfig(**knobs))
+    done = save_job(run, events, step, state, **knobs)
     done.run()
     return done
 
@@ -122,7 +104,7 @@ def test_a_checkpoint_of_another_model_is_not_damage(run, events):
 
 
 def test_an_older_attempt_cannot_commit_and_files_never_mix(run, events):
-    old = job(run, events, 4, HeldState(1), CheckpointConfig())
+    old = save_job(run, events, 4, HeldState(1))
     newer = EventLog(run, claim_attempt(run), 0)
     fresh = save(run, newer, 4, HeldState(2))
     manifest = run.get(f"checkpoints/{step_folder(4)}/{MANIFEST}")
@@ -138,10 +120,8 @@ def test_an_older_attempt_cannot_commit_and_files_never_mix(run, events):
 
 
 def test_a_part_that_never_comes_ends_the_save_by_its_deadline(run, events):
-    config = CheckpointConfig(deadline_seconds=0.3)
-    place = Place(run, 0, 2, events, config, None, Retention(run, config, events))
-    alone = job(run, events, 4, HeldState(1), config)
-    lonely = SaveJob(place, 4, alone.meta, alone.snapshot, time.monotonic(), 0.0)
+    alone = save_job(run, events, 4, HeldState(1), deadline_seconds=0.3)
+    lonely = replace(alone, place=replace(alone.place, ranks=2))
     lonely.run()
     assert isinstance(lonely.error, StorageUnavailable)
     assert "deadline_seconds" in str(lonely.error)
@@ -186,9 +166,9 @@ def test_a_failed_save_is_an_event_and_the_next_one_works(run, events, monkeypat
 
 def test_the_nodes_own_copy_is_read_if_it_is_what_was_committed(run, events, tmp_path):
     local = LocalTier(str(tmp_path / "local"), run.uri, keep=1)
-    config, saved = CheckpointConfig(), HeldState(1)
+    saved = HeldState(1)
     for step in (4, 8):
-        job(run, events, step, saved, config, local).run()
+        save_job(run, events, step, saved, local).run()
     (copy,) = (tmp_path / "local").rglob("*.safetensors")  # that of step 4 has gone
     filled = HeldState(2)
     restore(run, filled, events, local)  # type: ignore[arg-type]
