@@ -1,6 +1,6 @@
 """Is a run that was killed, wherever and whenever, to the bit the run that nobody killed?
 
-    python -m benchmarks.kill_sweep [--kills 200] [--no-points] [--stage 1] [--store local] [--json FILE]
+    python -m benchmarks.kill_sweep [--kills 200] [--points POINT ...] [--stage 1] [--store s3] [--json FILE]
 
 Two ranks of the real trainer (tiny model, ZeRO, a save every 2 of 10 steps) get SIGKILL, one of them or all,
 at every instrumented point of a step, a save, a prune and a restore, and then at random moments; each time
@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import machine
+from tests.support.faulty_rank import POINTS
 from tests.support.kill_sweep import Outcome, Sweep
 from tests.support.s3_server import S3Server
 
@@ -52,7 +53,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=200, help="at random moments")
-    parser.add_argument("--points", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--points", nargs="*", default=tuple(POINTS), help="all if not given")
     parser.add_argument("--stage", type=int, default=1, choices=range(4), help="of ZeRO")
     parser.add_argument("--store", choices=("local", "s3"), default="local", help="where the runs are")
     parser.add_argument("--seed", type=int, default=0)
@@ -69,8 +70,7 @@ def main() -> int:
             line.update(f"{now.kills} kills, {now.runs} runs, {len(now.wrong)} wrong, {now.seconds:.0f} s")
 
         sweep = Sweep(Path(folder), place, args.stage, args.seed, progressed)
-        if args.points:
-            sweep.at_points()
+        sweep.at_points(args.points)
         sweep.at_moments(args.kills)
     outcome = sweep.outcome
     table = Table("", "", title="kill sweep", show_header=False)

@@ -20,7 +20,7 @@ from cluster.store import ObjectStore, open_store
 from system.checkpoints.checkpoint import committed_steps, open_checkpoint
 from system.checkpoints.commands import check
 from system.checkpoints.config import CheckpointConfig
-from tests.support.faulty_rank import FIRST_RANK_ONLY, POINTS
+from tests.support.faulty_rank import FIRST_RANK_ONLY
 from tests.support.save_rig import RESUMED, TRAINED, Rig, attempt, progress
 
 EXACT = ("loss", "image_text", "text_image", "distill", "mlm", "grad_norm", "lr", "ids_digest", "slot")
@@ -88,7 +88,7 @@ class Sweep:
         self.states = {step: _state(run, step) for step in committed_steps(run)}
         self.scalars = {event["step"]: _exact(event) for event in _scalars(run)}
 
-    def at_points(self, points: Iterable[str] = tuple(POINTS)) -> None:
+    def at_points(self, points: Iterable[str]) -> None:
         """A run for each point and victim: killed when step 4 is saved, then at the point, then not."""
         for point in points:
             for victim in ("0", "all") if point in FIRST_RANK_ONLY else ("0", "1", "all"):
