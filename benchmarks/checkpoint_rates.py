@@ -1,9 +1,9 @@
 """What does it cost to verify a checkpoint while it is loaded, and how close is a save or a load to the disk?
 
-    python -m benchmarks.checkpoint_rates [--preset vit_b_16] [--rounds 5] [--json FILE]
+    python -m benchmarks.checkpoint_rates [--preset vit_b_16] [--store s3] [--rounds 5] [--json FILE]
 
-The state of the preset, without a job around it, is saved to and restored from a local disk and an S3 server
-(one machine, one process), in turns with: the same bytes written and read by nothing but the store; the
+The state of the preset, without a job around it, is saved to and restored from a local disk or an S3 server
+(one process, on this machine), in turns with: the same bytes written and read by nothing but the store; the
 restore without the checksums of its files; and without the digest of the filled state either, which proves
 the restore. The page cache is asked to forget local files before each read. Goal: checksums at most 5 % of
 the load.
@@ -123,6 +123,7 @@ def main() -> int:
     parser = arguments(__doc__ or "")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--preset", default="vit_b_16")
+    parser.add_argument("--store", choices=("local", "s3"), default="local")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; a temporary folder if not given")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -130,31 +131,30 @@ def main() -> int:
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     parameters = Objective(preset(args.preset), seed=0).named_parameters()
     state = HeldState(1, {name: list(value.shape) for name, value in parameters})
-    results = {}
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        results["local"] = measure(f"{name}/run", state, args.rounds)
-        server = S3Server(Path(name, "server"))
-        server.start()
-        try:
-            os.environ |= server.env
-            results["s3"] = measure(f"{server.make_bucket('runs')}/run", state, args.rounds)
-        finally:
-            server.kill()
-    table = Table("store", "side", "s", "MB/s", "of raw", "over the load", title=args.preset)
-    for where, found in results.items():
-        median = {side: statistics.median(turns) for side, turns in found["turns"].items()}
-        for side, spent in median.items():
-            raw = median["raw write" if side == "save" else "raw read"]
-            over = f"{spent / median['load alone'] - 1:+.1%}" if side.startswith("load,") else ""
-            share = "" if side.startswith("raw") else f"{raw / spent:.0%}"
-            rate = f"{found['bytes'] / spent / 1e6:.0f}"
-            table.add_row(where, side, f"{spent:.2f}", rate, share, over)
+        if args.store == "local":
+            found = measure(f"{name}/run", state, args.rounds)
+        else:
+            server = S3Server(Path(name, "server"))
+            server.start()
+            try:
+                os.environ |= server.env
+                found = measure(f"{server.make_bucket('runs')}/run", state, args.rounds)
+            finally:
+                server.kill()
+    table = Table("side", "s", "MB/s", "of raw", "over the load", title=f"{args.preset}, {args.store}")
+    median = {side: statistics.median(turns) for side, turns in found["turns"].items()}
+    for side, spent in median.items():
+        raw = median["raw write" if side == "save" else "raw read"]
+        over = f"{spent / median['load alone'] - 1:+.1%}" if side.startswith("load,") else ""
+        share = "" if side.startswith("raw") else f"{raw / spent:.0%}"
+        table.add_row(side, f"{spent:.2f}", f"{found['bytes'] / spent / 1e6:.0f}", share, over)
     console = Console(width=120)
     console.print(table)
-    about = machine(["torch", "zlib-ng"]) | {"bytes": str(results["local"]["bytes"])}
+    about = machine(["torch", "zlib-ng"]) | {"bytes": str(found["bytes"])}
     console.print("; ".join(f"{key} {value}" for key, value in about.items()))
     if args.json:
-        args.json.write_text(json.dumps({"about": about, **results}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"about": about, **found}, indent=1) + "\n")
     return 0
 
 
