@@ -26,7 +26,7 @@ KILLED = -9
 
 
 def rig(run: Path | str, *attempts: str, endpoint: str | None = None, **config: object) -> list[dict]:
-    """Attempts of one run, 12 steps, a save every 4; see `save_rig`. `endpoint` stands for the S3 server's."""
+    """Attempts of one run, 12 steps, a save every 4; see `save_rig`. `endpoint` is in place of the server."""
     environment = os.environ | ({"AWS_ENDPOINT_URL": endpoint} if endpoint else {})
     settings = {"every_steps": 4, **config}
     argv = [sys.executable, save_rig.__file__, str(run), json.dumps(settings), *attempts]
