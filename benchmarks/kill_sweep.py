@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import secrets
 import sys
@@ -53,6 +54,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=200, help="at random moments")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no new run after so many")
     parser.add_argument("--points", nargs="*", default=tuple(POINTS), help="all if not given")
     parser.add_argument("--stage", type=int, default=1, choices=range(4), help="of ZeRO")
     parser.add_argument("--store", choices=("local", "s3"), default="local", help="where the runs are")
@@ -71,7 +73,7 @@ def main() -> int:
 
         sweep = Sweep(Path(folder), place, args.stage, args.seed, progressed)
         sweep.at_points(args.points)
-        sweep.at_moments(args.kills)
+        sweep.at_moments(args.kills, 60 * args.minutes)
     outcome = sweep.outcome
     table = Table("", "", title="kill sweep", show_header=False)
     for name, value in asdict(outcome).items():

@@ -6,6 +6,7 @@ data position, and the scalars of every step of every attempt.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -98,10 +99,10 @@ class Sweep:
                 self._attempt(uri, self.beside, "whole")
                 self._finished(uri)
 
-    def at_moments(self, kills: int) -> None:
-        """Runs that are killed at one random moment after the other, until all kills are spent."""
+    def at_moments(self, kills: int, seconds: float = math.inf) -> None:
+        """Runs that are killed at one random moment after the other, until kills or `seconds` are spent."""
         until = self.outcome.kills + kills
-        while self.outcome.kills < until:
+        while self.outcome.kills < until and self.outcome.seconds < seconds:
             uri, rig = self.place(), self.random.choice((self.waited, self.beside))
             killed = True
             while killed:
