@@ -57,10 +57,11 @@ class Nothing:
         return ""
 
 
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def seconds(work: Callable[[], object]) -> tuple[float, float]:
+    """Of the wall, and of this process's CPU time in all threads."""
+    wall, cpu = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - started
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def forget(folder: Path) -> None:
@@ -71,7 +72,7 @@ def forget(folder: Path) -> None:
 
 
 def measure(uri: str, state: HeldState, rounds: int) -> dict[str, Any]:
-    """Seconds by side, and the bytes of the checkpoint."""
+    """See `seconds`, by side; and the bytes of the checkpoint."""
     run = open_store(uri)
     events = EventLog(run, claim_attempt(run), 0, flush_seconds=3600)
     job = save_job(run, events, STEP, state, verify="size")
@@ -108,7 +109,7 @@ def measure(uri: str, state: HeldState, rounds: int) -> dict[str, Any]:
         "load, checksums": lambda: load(unproved),
         "load, checksums, proof": load,
     }
-    turns: dict[str, list[float]] = {side: [] for side in sides}
+    turns: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     for number in range(rounds + 1):
         for side, work in sides.items():
             forget(Path(uri))
@@ -142,13 +143,21 @@ def main() -> int:
                 found = measure(f"{server.make_bucket('runs')}/run", state, args.rounds)
             finally:
                 server.kill()
-    table = Table("side", "s", "MB/s", "of raw", "over the load", title=f"{args.preset}, {args.store}")
-    median = {side: statistics.median(turns) for side, turns in found["turns"].items()}
-    for side, spent in median.items():
-        raw = median["raw write" if side == "save" else "raw read"]
-        over = f"{spent / median['load alone'] - 1:+.1%}" if side.startswith("load,") else ""
-        share = "" if side.startswith("raw") else f"{raw / spent:.0%}"
-        table.add_row(side, f"{spent:.2f}", f"{found['bytes'] / spent / 1e6:.0f}", share, over)
+    columns = ("side", "s", "CPU s", "MB/s", "of raw", "over the load", "in CPU time")
+    table = Table(*columns, title=f"{args.preset}, {args.store}")
+    median = {
+        side: [statistics.median(t) for t in zip(*turns, strict=True)]
+        for side, turns in found["turns"].items()
+    }
+    for side, (wall, cpu) in median.items():
+        raw = median["raw write" if side == "save" else "raw read"][0]
+        share = "" if side.startswith("raw") else f"{raw / wall:.0%}"
+        over = [
+            f"{spent / alone - 1:+.1%}" if side.startswith("load,") else ""
+            for spent, alone in zip((wall, cpu), median["load alone"], strict=True)
+        ]
+        rate = f"{found['bytes'] / wall / 1e6:.0f}"
+        table.add_row(side, f"{wall:.2f}", f"{cpu:.2f}", rate, share, *over)
     console = Console(width=120)
     console.print(table)
     about = machine(["torch", "zlib-ng"]) | {"bytes": str(found["bytes"])}

@@ -45,6 +45,7 @@ SETTINGS = {
     "every_steps": 10,
     "keep_last": 2,
     "pause": 0.04,
+    "patience": 600,
     "deadline_seconds": DEADLINE_SECONDS,
     "store": {"deadline_seconds": 5, "attempts": 3},
 }
@@ -148,9 +149,11 @@ def main() -> int:
                 line.update(trouble)
                 case = Case(f"{bucket}/{secrets.token_hex(4)}", begin, proxy.mend)
                 found[trouble] = watch(case, args.steps, args.calm_seconds, args.trouble_seconds)
+                console.print(trouble, found[trouble])
             line.update("disk full")
             with full_disk(folder) as case:
                 found["disk full"] = watch(case, args.steps, args.calm_seconds, args.trouble_seconds)
+                console.print("disk full", found["disk full"])
         finally:
             proxy.close()
             server.kill()

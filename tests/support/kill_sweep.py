@@ -85,7 +85,7 @@ class Sweep:
         codes = attempt(uri, rig, "whole")
         if any(codes):
             raise RuntimeError(f"the undisturbed run ended with {codes}:\n{Path(rig.log).read_text()}")
-        self.length, run = time.monotonic() - started, open_store(uri)
+        self.length, run = (time.monotonic() - started) / 2, open_store(uri)  # it saves after every step
         self.states = {step: _state(run, step) for step in committed_steps(run)}
         self.scalars = {event["step"]: _exact(event) for event in _scalars(run)}
 

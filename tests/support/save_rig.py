@@ -48,7 +48,7 @@ from system.trainer import Trainer
 from tests.support import faulty_rank
 from tests.support.engine_worker import GLOBAL_BATCH, made_up_batch, share
 
-PATIENCE_SECONDS, GRACE_SECONDS = 90.0, 15.0
+GRACE_SECONDS = 15.0
 MET, RESUMED, TRAINED = range(3)
 progress = memoryview(mmap.mmap(-1, 24)).cast("q")
 """What the ranks tell the rig: whether they have met, the step they resumed from, their last step."""
@@ -65,6 +65,8 @@ class Rig:
     """Seconds before each step."""
     vocabulary: int = 1000
     """Words; 49,408 make a file of more than one part of an upload."""
+    patience: float = 90.0
+    """Seconds after which an attempt is ended by force."""
     log: str = ""
     """File for what the ranks print; empty: where the rig prints."""
     checkpoint: CheckpointConfig
@@ -162,18 +164,18 @@ def attempt(run_uri: str, rig: Rig, kill: str) -> list[int]:
         with suppress(PermissionError, ProcessLookupError):
             os.setpgid(children[-1], children[0])  # both do it: neither knows who is first
     try:
-        return _ends(children, kill)
+        return _ends(children, kill, rig.patience)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(children[0], signal.SIGKILL)
 
 
-def _ends(children: list[int], kill: str) -> list[int]:
+def _ends(children: list[int], kill: str, patience: float) -> list[int]:
     codes: dict[int, int] = {}
     point, seconds, victim = kill.split(":") if kill != "whole" else ("", "0", "all")
     victims = children if victim == "all" else [children[int(victim)]]
     strike = float("inf")
-    give_up = time.monotonic() + PATIENCE_SECONDS
+    give_up = time.monotonic() + patience
     while len(codes) < len(children):
         for child in set(children) - codes.keys():
             pid, status = os.waitpid(child, os.WNOHANG)
