@@ -106,7 +106,7 @@ def test_a_store_that_fails_for_a_while_stops_nothing(tmp_path, undisturbed):
 TROUBLES: dict[str, tuple[Callable[[TroubledProxy], object], int]] = {
     "503": (lambda proxy: proxy.fail(UNAVAILABLE), 30),
     "expired credentials": (lambda proxy: proxy.fail(EXPIRED), 15),
-    "a hanging upload": (lambda proxy: proxy.hang("rank-00001.attempt"), 2),
+    "a hanging upload": (lambda proxy: proxy.hang("rank-00001.attempt"), 3),
 }
 
 
