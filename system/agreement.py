@@ -104,7 +104,7 @@ class Verdict:
 
 def peer_lost(error: BaseException) -> Hang | None:
     """A collective that failed because another rank is gone, as the error that it is; else None."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "NCCL")
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):
         return Hang("lost the connection to another rank; if that one gave no reason, run again")
     return None

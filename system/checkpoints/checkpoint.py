@@ -12,7 +12,7 @@ import math
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -29,6 +29,8 @@ Kind = Literal["master", "exp_avg", "exp_avg_sq", "teacher"]
 _STEP_FOLDER = re.compile(r"^step-(\d{9})/manifest\.json$")
 _MERGE_GAP = 1 << 20
 """Ranges of a file that lie closer than this many bytes are fetched in one request."""
+_LARGEST_READ = 8 << 20
+"""Bytes of one request, so that what is read takes little memory beside what is filled."""
 _LARGEST_HEADER = 100 << 20
 """Bytes; the limit of the safetensors library."""
 
@@ -217,16 +219,27 @@ class FragmentReader:
 
     def fetch(self, file: str, ranges: list[Range]) -> None:
         """Fill the targets of `ranges`, which are in the order of the file."""
-        group: list[Range] = []
-        for item in [*ranges, None]:
-            if group and (item is None or item[0] - (group[-1][0] + group[-1][1]) > _MERGE_GAP):
-                first = group[0][0]
-                data = self._store.get_range(file, first, group[-1][0] + group[-1][1] - first)
-                for offset, size, target in group:
-                    copy_values(data, offset - first, size, target)
-                group = []
-            if item is not None:
-                group.append(item)
+        for group in _requests(ranges):
+            first = group[0][0]
+            data = self._store.get_range(file, first, group[-1][0] + group[-1][1] - first)
+            for offset, size, target in group:
+                copy_values(data, offset - first, size, target)
+
+
+def _requests(ranges: list[Range]) -> Iterator[list[Range]]:
+    """What is fetched together: ranges that lie close, up to `_LARGEST_READ`; longer ones are cut."""
+    group: list[Range] = []
+    for start, length, whole in ranges:
+        for at in range(0, length, _LARGEST_READ):
+            offset, size = start + at, min(_LARGEST_READ, length - at)
+            if group:
+                far = offset - (group[-1][0] + group[-1][1]) > _MERGE_GAP
+                if far or offset + size - group[0][0] > _LARGEST_READ:
+                    yield group
+                    group = []
+            group.append((offset, size, whole[at // 4 : (at + size) // 4]))
+    if group:
+        yield group
 
 
 def copy_values(data: bytes, offset: int, size: int, target: torch.Tensor) -> None:

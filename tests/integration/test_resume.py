@@ -13,7 +13,7 @@ KINDS = ("master", "exp_avg", "exp_avg_sq", "teacher")
 EXACT = ("loss", "image_text", "text_image", "distill", "mlm", "grad_norm", "lr", "ids_digest", "slot")
 
 
-def assert_same_run(found: Path, expected: Path, after: int, last: int) -> None:
+def assert_same_run(found: Path | str, expected: Path, after: int, last: int) -> None:
     ours, theirs = live_steps(found), live_steps(expected)
     assert ours.keys() >= set(range(after + 1, last + 1))
     for step in range(after + 1, last + 1):
