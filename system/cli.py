@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         summary: str,
         positional: Sequence[tuple[str, str]] = (),
         settings: str = "",
-    ) -> None:
+    ) -> argparse.ArgumentParser:
         sub = where.add_parser(name, help=summary, description=summary)
         sub.settings = "" if settings == RECIPE else settings
         for argument, meaning in positional:
@@ -79,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("knobs", nargs="*", default=[], metavar="key=value", help=knobs)
         sub.add_argument("--json", action="store_true", help="print one JSON document on stdout")
         sub.set_defaults(handler=handler, no_settings=not settings)
+        return sub
 
     recipe, run = ("recipe", "path of a YAML recipe"), ("run", "run folder: local path or s3://bucket/prefix")
     command(
@@ -129,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
         commands.doctor,
         "check this machine, and a store if its URI is given",
         [("uri?", "store to check: local path or s3://bucket/prefix")],
-    )
+    ).add_argument("--cluster", action="store_true", help="check all nodes of the Ray cluster at RAY_ADDRESS")
     command(
         groups,
         "demo",

@@ -194,7 +194,10 @@ def show_config(args: Args) -> Result:
 
 
 def doctor(args: Args) -> Result:
-    from system.doctor import run_checks
+    if args.cluster:
+        from system.cluster_doctor import run_cluster_checks as run_checks
+    else:
+        from system.doctor import run_checks
 
     checks = run_checks(args.uri)
     failed = [check for check in checks if check.status == "fail"]

@@ -25,6 +25,7 @@ from packaging.requirements import Requirement
 from cluster.errors import MaskClipError
 from cluster.store import ObjectStore, StoreConfig, open_store
 from model.attention import resolve_backend
+from system.gpu_health import gpu_problems
 
 DISTRIBUTION = "maskclip"
 SUPPORTED_PYTHON = ((3, 11), (3, 12))
@@ -60,6 +61,7 @@ def run_checks(uri: str | None = None) -> list[Check]:
         _packages,
         _compiler,
         _torch,
+        _gpu_health,
         _deepspeed,
         lambda: _disk(uri),
         _shared_memory,
@@ -145,6 +147,16 @@ def _torch() -> list[Check]:
     else:
         checks.append(Check("attention", "ok", f"{backend} on {device.type} in bf16"))
     return checks
+
+
+def _gpu_health() -> list[Check]:
+    if not torch.cuda.is_available():
+        return []
+    problems = gpu_problems()
+    if not problems:
+        return [Check("gpu health", "ok", "no memory errors, no throttling, products repeat to the bit")]
+    detail = "; ".join(f"GPU {index}: {found}" for index, found in problems.items())
+    return [Check("gpu health", "fail", detail, "leave this node out and have the GPU replaced")]
 
 
 def _torch_build() -> str:
