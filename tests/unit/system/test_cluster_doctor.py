@@ -18,7 +18,7 @@ from system.gpu_health import reported
 def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    monkeypatch.setenv("RAY_ADDRESS", str(cluster.address))
     yield cluster
     cluster.shutdown()
 
