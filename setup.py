@@ -16,7 +16,11 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
-    package_data={"data_pipeline.loading": ["assets/*"], "system.report": ["templates/*"]},
+    package_data={
+        "cluster": ["templates/*"],
+        "data_pipeline.loading": ["assets/*"],
+        "system.report": ["templates/*"],
+    },
     entry_points={"console_scripts": ["maskclip = system.cli:main"]},
     install_requires=[
         "torch>=2.10,<3",
