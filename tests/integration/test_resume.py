@@ -64,26 +64,24 @@ def assert_every_second_is_accounted_for(run: Path) -> None:
     assert [found.attempt for found in ledger.recoveries] == [1, 2, 3]
 
 
-def test_world_size_and_stage_change_keep_the_samples(tmp_path, train_data):
+def test_world_size_and_stage_change_keep_the_samples(tmp_path, train_data, undisturbed_run):
     """World 2 -> 1 -> 3 at ZeRO 2 -> 1 -> 0: the same sample ids in the same slots, the same loss to
     rounding."""
     recipe = write_recipe(tmp_path)
-    undisturbed, elastic = tmp_path / "undisturbed", tmp_path / "elastic"
-    train(recipe, undisturbed, train_data)
+    elastic = tmp_path / "elastic"
     train_until_killed(recipe, elastic, train_data, "engine.zero_stage=2", point="step", step=5)
     train_until_killed(recipe, elastic, train_data, "engine.zero_stage=1", point="step", step=9, processes=1)
     train(recipe, elastic, train_data, "engine.zero_stage=0", processes=3)
     assert [e["resumed_step"] for e in instants(elastic, "attempt_started")] == [None, 4, 8]
-    ours, theirs = live_steps(elastic), live_steps(undisturbed)
+    ours, theirs = live_steps(elastic), live_steps(undisturbed_run)
     for step in range(1, 13):
         assert ours[step]["ids_digest"] == theirs[step]["ids_digest"]
         assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-5)
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(tmp_path, train_data):
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(tmp_path, train_data, undisturbed_run):
     recipe = write_recipe(tmp_path)
-    undisturbed, damaged = tmp_path / "undisturbed", tmp_path / "damaged"
-    train(recipe, undisturbed, train_data)
+    damaged = tmp_path / "damaged"
     train_until_killed(recipe, damaged, train_data, point="step", step=10)
     victim = damaged / "checkpoints/step-000000008/rank-00001.attempt-0001.safetensors"
     data = bytearray(victim.read_bytes())
@@ -93,4 +91,4 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(tmp_path,
     assert [event["step"] for event in instants(damaged, "checkpoint_quarantined")] == [8]
     assert [e["resumed_step"] for e in instants(damaged, "attempt_started")] == [None, 4]
     assert list((damaged / "quarantine").iterdir())
-    assert_same_run(damaged, undisturbed, after=4, last=12)
+    assert_same_run(damaged, undisturbed_run, after=4, last=12)
