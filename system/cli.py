@@ -123,6 +123,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     summary = "print a recipe as it would run, checked"
     command(groups, "config", commands.show_config, summary, [recipe], RECIPE)
+    summary = "memory, time, bandwidth and checkpoints of a recipe on other machines"
+    command(groups, "plan", batch_commands.plan, summary, [recipe], "system.planning.plan:PlanConfig")
+    command(
+        groups,
+        "simulate",
+        batch_commands.simulation,
+        "goodput over checkpoint interval and cluster size, from what a run has measured",
+        [("run?", "run folder: local path or s3://bucket/prefix; none: give all costs")],
+        "system.planning.simulation:SimulateConfig",
+    )
     kinds = groups.add_parser("render", help="the job file of a recipe").add_subparsers(
         dest="kind", required=True, metavar="KIND", parser_class=_Parser
     )

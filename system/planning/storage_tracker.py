@@ -26,7 +26,7 @@ class StorageTracker(TorchDispatchMode):
             t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
         }
         for tensor in tree_leaves(found):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
                 self._take(tensor.untyped_storage(), given)
         return found
 

@@ -1,4 +1,4 @@
-"""A Slurm of one node, with its own munge, in a folder. It needs root and Debian's slurmctld, slurmd, munge."""
+"""A Slurm of one node, with its own munge, in a folder. Needs root and Debian's slurmctld, slurmd, munge."""
 
 from __future__ import annotations
 
