@@ -9,16 +9,17 @@ from dataclasses import replace
 import pytest
 
 from model.config import preset
+from model.losses import SingleProcess
+from model.objective import Objective
+from model.teacher import Teacher
 from system.planning.activations import activation_bytes, made_up_batch
 from system.planning.memory import Shapes, rank_memory
 from system.planning.storage_tracker import StorageTracker
 from tests.support import memory_worker
 from tests.support.memory_worker import BATCH, CAPTION_TOKENS, worker_config
 
-SETTINGS = [{"zero_stage": stage, "precision": "bf16"} for stage in range(4)] + [
-    {"zero_stage": 1, "precision": "fp32"},
-    {"zero_stage": 2, "precision": "bf16", "accumulation": 2},
-]
+SETTINGS = [{"zero_stage": stage, "precision": "bf16"} for stage in range(4)]
+SETTINGS += [{"zero_stage": stage, "precision": "fp32"} for stage in (0, 1)]
 LAUNCH = """
 import sys
 from cluster.local_launch import run_local
@@ -41,10 +42,6 @@ def test_memory_of_a_rank_is_what_a_run_allocates():
 
 @pytest.mark.parametrize("changes", [{"recompute_every": 2}, {"recompute_every": 0}])
 def test_activations_of_the_whole_model_follow_from_a_few_layers(changes):
-    from model.losses import SingleProcess
-    from model.objective import Objective
-    from model.teacher import Teacher
-
     config = replace(preset("tiny"), **changes)
     objective, teacher = Objective(config, seed=0), Teacher(config)
     batch = made_up_batch(config, BATCH, CAPTION_TOKENS)

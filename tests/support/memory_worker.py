@@ -1,6 +1,7 @@
 """One rank that trains the `tiny` preset for two steps and prints the bytes of its tensors as JSON, for each
 of the engine settings in its argument (a JSON list)."""
 
+import gc
 import json
 import sys
 from typing import Any
@@ -36,6 +37,7 @@ def measured(settings: dict[str, Any], world: World) -> dict[str, int]:
         found = {}
         for step in range(2):
             values = at(step, config)
+            gc.collect()  # cycles of the step before would end at any time
             found["state"] = tracker.peak = tracker.alive
             output = engine.forward(
                 batch, teacher.module, values.teacher_temperature, DistributedCollectives()
