@@ -110,8 +110,8 @@ class _Attempt:
         if up and self._spend("checkpoint_stall", costs.save_seconds, life):
             self.committed = steps
         lost = self.step - self.committed
-        for kind, cost in (("productive", costs.step_seconds), ("data_wait", costs.waiting_seconds)):
-            self.seconds[kind] -= lost * cost
+        self.seconds["productive"] -= lost * costs.step_seconds
+        self.seconds["data_wait"] -= lost * costs.waiting_seconds
         self.seconds["lost_work"] += lost * per_step
 
     def _train(self, steps: int, life: float) -> bool:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from rich.table import Table
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, ObjectNotFound
 from cluster.events import read_events
 from cluster.goodput import build_ledger
 from cluster.simulate import Costs, poisson, simulate
@@ -90,6 +90,8 @@ def _costs(run: str | None, config: SimulateConfig) -> Costs:
     }
     if run is not None:
         events = read_events(open_store(run))
+        if not events:
+            raise ObjectNotFound(f"{run}: there is no run here (no events); check the path of the run")
         return replace(measured_costs(events, build_ledger(events)), **given)
     missing = [name for name in Costs.__dataclass_fields__ if name not in given and name != "waiting_seconds"]
     if missing:
