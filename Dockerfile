@@ -17,8 +17,8 @@ COPY model model
 COPY system system
 COPY configs configs
 RUN pip install --no-cache-dir -c requirements/lock.txt ".[gpu]" \
-    && useradd --create-home --uid 1000 maskclip
+    && useradd --create-home --home-dir /var/lib/maskclip --uid 1000 maskclip
 USER 1000
-WORKDIR /home/maskclip
+WORKDIR /var/lib/maskclip
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility PYTHONUNBUFFERED=1
 CMD ["maskclip", "--help"]
