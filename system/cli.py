@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from cluster.errors import ConfigError, Hang, MaskClipError, exit_code_of
 from cluster.stop import end_at_once, stop_raises
-from system import commands, dataset_commands
+from system import batch_commands, commands, dataset_commands
 from system.checkpoints import commands as checkpoint_commands
 from system.checkpoints import upkeep as checkpoint_upkeep
 
@@ -124,6 +124,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     summary = "print a recipe as it would run, checked"
     command(groups, "config", commands.show_config, summary, [recipe], RECIPE)
+    summary = "memory, time, bandwidth and checkpoints of a recipe on other machines"
+    command(groups, "plan", batch_commands.plan, summary, [recipe], "system.planning.plan:PlanConfig")
+    command(
+        groups,
+        "simulate",
+        batch_commands.simulation,
+        "goodput over checkpoint interval and cluster size, from what a run has measured",
+        [("run?", "run folder: local path or s3://bucket/prefix; none: give all costs")],
+        "system.planning.simulation:SimulateConfig",
+    )
+    kinds = groups.add_parser("render", help="the job file of a recipe").add_subparsers(
+        dest="kind", required=True, metavar="KIND", parser_class=_Parser
+    )
+    for kind, what in (
+        ("slurm", "Slurm script that requeues itself"),
+        ("kuberay", "KubeRay RayJob"),
+        ("ray-up", "cluster file for `ray up`"),
+    ):
+        command(kinds, kind, batch_commands.render_job, what, [recipe], "cluster.render:JobConfig")
     command(
         groups,
         "doctor",

@@ -21,6 +21,7 @@ from rich.text import Text
 from cluster.errors import ConfigError, ObjectNotFound
 from cluster.store import ObjectStore
 from system.evaluation.view import scores
+from system.report import goodput
 from system.report.figures import NUM_ATTEMPT_COLOURS, attempt_colour, curves, evaluation_curves
 from system.report.history import Attempt, History, Mark, load_history
 
@@ -89,6 +90,7 @@ def summarise(record: RunRecord) -> dict[str, Any]:
         "events_skipped": history.skipped_events,
         "training_seconds": sum(attempt.end - attempt.start for attempt in history.attempts),
         "pairs_per_second": median(speeds) if speeds else None,
+        "goodput": goodput.facts(history.ledger),
         "last": {
             name: value for name, value in last.items() if isinstance(value, int | float) and isfinite(value)
         },
@@ -131,7 +133,10 @@ def summary(history: History) -> RenderableType:
         again, lasted = str(row["superseded_steps"]), _duration(row["seconds"])
         attempts.add_row(str(row["number"]), _utc(row["start"]), origin, steps, again, lasted, ended)
     evaluations = [Text(_evaluation_line(mark)) for mark in history.evaluations]
-    return Group(headline, Text(facts["verdict"]["detail"]), "", numbers, "", attempts, "", *evaluations)
+    parts: list[RenderableType] = [headline, Text(facts["verdict"]["detail"]), "", numbers, "", attempts, ""]
+    if history.ledger.stretches:
+        parts += [goodput.table(history.ledger), "", goodput.recovery_table(history.ledger), ""]
+    return Group(*parts, *evaluations)
 
 
 def _evaluation_line(mark: Mark) -> str:
@@ -172,6 +177,8 @@ def _render(record: RunRecord, facts: dict[str, Any]) -> str:
         summary=facts,
         numbers=key_numbers(facts),
         curves=curves(record.history),
+        goodput=goodput.rows(record.history.ledger),
+        time_line=goodput.time_line(record.history.ledger),
         evaluation_curves=evaluation_curves(record.history),
         evaluations=[
             {**evaluation, "rows": scores(evaluation)} for evaluation in reversed(record.evaluations)
@@ -197,6 +204,9 @@ def key_numbers(facts: dict[str, Any]) -> list[dict[str, str]]:
     numbers.append(
         {"name": "Training time", "value": _duration(facts["training_seconds"]), "note": time_note}
     )
+    if facts["goodput"]["share"] is not None:
+        value, wall = _percent(facts["goodput"]["share"]), _duration(facts["goodput"]["wall_seconds"])
+        numbers.append({"name": "Goodput", "value": value, "note": f"productive, of {wall}"})
     lost = f"{_count(facts['superseded_steps'], 'step')} trained again"
     numbers.append({"name": "Kills survived", "value": str(facts["kills"]), "note": lost})
     retrievals = [found["retrieval"] for found in facts["evaluations"] if "retrieval" in found]

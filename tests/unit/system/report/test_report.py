@@ -103,7 +103,7 @@ def test_page_has_every_part(run: ObjectStore, tmp_path: Path):
     numbers = ("50.0 %", "10.0 times chance", "zero-shot, 100 classes")
     for words in (*story, *numbers, "Learning rate", "Throughput", "global_batch"):
         assert words in page.text
-    assert page.tags.count("figure") == 5  # loss, image_text, lr, pairs_per_second, grad_norm
+    assert page.tags.count("figure") == 6  # time line, loss, image_text, lr, pairs_per_second, grad_norm
     assert page.tags.count("img") == 2 + 1
 
 
@@ -192,7 +192,7 @@ def test_values_that_are_not_finite_leave_gaps(tmp_path: Path):
         log.scalar(step, loss=loss, grad_norm=math.nan)
     log.close()
     page = page_of(run, tmp_path)
-    assert page.tags.count("figure") == 1
+    assert page.tags.count("figure") == 2  # time line, loss
     assert json.dumps(summarise(load_run(run)), allow_nan=False)
 
 
