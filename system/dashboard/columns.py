@@ -1,0 +1,141 @@
+"""Series of bounded size: what a scalar was at each step of each attempt, and what a screen shows of it.
+
+Shapes: N rows.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+CAPACITY = 1 << 17
+"""Rows that a series holds before its older ones are thinned: 3 MB, and 60 times the width of a screen."""
+_THINNED = 4
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One drawn line."""
+
+    stretch: int
+    """Number of the stretch that it is of; 0 for the live line, which is of all."""
+    steps: list[int]
+    values: list[float | None]
+    """None where the value was not finite."""
+
+
+class Column:
+    """One scalar of a run, stretch by stretch: one of rising steps, an attempt or its part between rewinds.
+
+    Beyond `capacity` rows every four neighbours of a stretch become their lowest and their highest, as often
+    as needed: the memory is bounded, no spike is lost, and what is kept are values of the log.
+    """
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self._capacity = capacity
+        self._rows = 0
+        self._step = np.empty(1024, np.int64)
+        self._stretch = np.empty(1024, np.int32)
+        self._value = np.empty(1024, np.float64)
+        self.not_finite = 0
+        """Values of the log that were nan or infinite."""
+
+    @property
+    def nbytes(self) -> int:
+        return self._step.nbytes + self._stretch.nbytes + self._value.nbytes
+
+    def extend(self, steps: Sequence[int], stretch: int, values: Sequence[float]) -> None:
+        new = np.asarray(values, np.float64)
+        self.not_finite += int(np.count_nonzero(~np.isfinite(new)))
+        end = self._rows + len(new)
+        if end > len(self._value):
+            self._grow(end)
+        self._step[self._rows : end] = steps
+        self._stretch[self._rows : end] = stretch
+        self._value[self._rows : end] = new
+        self._rows = end
+        while self._rows > self._capacity:
+            self._thin()
+
+    def live_values(self, limits: Mapping[int, float]) -> np.ndarray:
+        """The values that count, as far as they are kept."""
+        step, stretch, value = self._window(0, 1 << 62)
+        return value[step < self._limits(stretch, limits)]
+
+    def live(self, limits: Mapping[int, float], first: int, last: int, points: int) -> Trace:
+        """Steps from `first` to `last` that were not trained again, in about `points` points. `limits` is by
+        stretch: the step from which a newer one counts."""
+        step, stretch, value = self._window(first, last)
+        keep = step < self._limits(stretch, limits)
+        step, value = step[keep], value[keep]
+        return _trace(0, step, value, points)
+
+    def superseded(self, limits: Mapping[int, float], first: int, last: int, points: int) -> Iterator[Trace]:
+        """What was trained again later: one line per stretch that lost steps in this window."""
+        step, stretch, value = self._window(first, last)
+        lost = step >= self._limits(stretch, limits)
+        for number in np.unique(stretch[lost]):
+            own = lost & (stretch == number)
+            yield _trace(int(number), step[own], value[own], points)
+
+    def _window(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        step = self._step[: self._rows]
+        inside = (step >= first) & (step <= last)
+        return step[inside], self._stretch[: self._rows][inside], self._value[: self._rows][inside]
+
+    def _limits(self, stretch: np.ndarray, limits: Mapping[int, float]) -> np.ndarray:
+        table = np.full(int(stretch.max(initial=0)) + 1, np.inf)
+        for number, limit in limits.items():
+            if number < len(table):
+                table[number] = limit
+        return table[stretch]
+
+    def _grow(self, rows: int) -> None:
+        size = max(rows, 2 * len(self._value))
+        self._step, self._stretch, self._value = (
+            np.concatenate([array[: self._rows], np.empty(size - self._rows, array.dtype)])
+            for array in (self._step, self._stretch, self._value)
+        )
+
+    def _thin(self) -> None:
+        edges = [0, *(np.flatnonzero(np.diff(self._stretch[: self._rows])) + 1), self._rows]
+        kept = np.concatenate(
+            [start + extremes(self._value[start:end], _THINNED) for start, end in itertools.pairwise(edges)]
+        )
+        self._rows = len(kept)
+        size = self._rows + 1024
+        for name in ("_step", "_stretch", "_value"):
+            old = getattr(self, name)
+            new = np.empty(size, old.dtype)
+            new[: self._rows] = old[kept]
+            setattr(self, name, new)
+
+
+def extremes(value_N: np.ndarray, size: int) -> np.ndarray:
+    """Rising places of the lowest and the highest of every `size` neighbours, and of the ends."""
+    rows = len(value_N)
+    whole = rows // size * size
+    if whole == 0:
+        return np.arange(rows)
+    groups = value_N[:whole].reshape(-1, size)
+    start = np.arange(0, whole, size)
+    low = start + np.where(np.isnan(groups), np.inf, groups).argmin(1)
+    high = start + np.where(np.isnan(groups), -np.inf, groups).argmax(1)
+    return np.unique(np.concatenate([low, high, np.arange(whole, rows), [0, rows - 1]]))
+
+
+def _trace(stretch: int, step: np.ndarray, value: np.ndarray, points: int) -> Trace:
+    if np.any(step[1:] < step[:-1]):  # a segment that came late
+        order = np.argsort(step, kind="stable")
+        step, value = step[order], value[order]
+    if len(step) > points:
+        kept = extremes(value, -(-2 * len(step) // points))
+        step, value = step[kept], value[kept]
+    return Trace(stretch, step.tolist(), finite(value))
+
+
+def finite(values: np.ndarray) -> list[Any]:
+    """Plain floats, None for nan and infinity."""
+    return np.where(np.isfinite(values), values.astype(object), None).tolist()
