@@ -165,7 +165,8 @@ def export(args: Args) -> Result:
 
 
 def report(args: Args) -> Result:
-    from system.report.report import load_run, summary, write_report
+    from system.report.report import summary, write_report
+    from system.report.story import load_run
 
     config = knobs(args, ReportConfig)
     record = load_run(open_store(args.run))

@@ -16,6 +16,7 @@ MOST_MARKS = 2_000
 """Single events that are kept of each name; of attempts and their ends all are."""
 _ALWAYS = ("attempt_started", "attempt_ended", "attempt_config")
 _PER_RANK = ("checkpoint_part",)
+_NUMBERS = (float, int)
 _ENVELOPE = frozenset({"t", "attempt", "rank", "seq", "kind", "name", "step"})
 
 
@@ -60,11 +61,10 @@ class RunIndex:
         for event in events:
             if event["kind"] == "instant":
                 self._mark(event)
-        scalars = [event for event in events if event["kind"] == "scalar"]
         measured = [event for event in events if event["kind"] == "scalar" or event["name"] in _PER_RANK]
         if measured:
             self.ranks.add(measured)
-        self._add_steps([e for e in scalars if e["name"] == "step" and e["rank"] == 0 and e["attempt"] > 0])
+        self._add_steps([event for event in events if _is_step(event)])
         self.events += len(events)
         self.torn += torn
         self.version += 1
@@ -80,10 +80,8 @@ class RunIndex:
         for stretch, group in itertools.groupby(events, key=self._stretch):
             own = list(group)
             for name in set().union(*own) - _ENVELOPE:
-                holders = [event for event in own if name in event]
-                if not isinstance(holders[0][name], int | float):
-                    continue
-                if name in self.columns or len(self.columns) < MOST_SCALARS:
+                holders = [event for event in own if event.get(name).__class__ in _NUMBERS]
+                if holders and (name in self.columns or len(self.columns) < MOST_SCALARS):
                     steps = [event["step"] for event in holders]
                     values = [event[name] for event in holders]
                     self.columns.setdefault(name, Column()).extend(steps, stretch, values)
@@ -176,6 +174,11 @@ def facts(event: dict[str, Any]) -> dict[str, Any]:
         for name, value in event.items()
         if name not in _ENVELOPE
     }
+
+
+def _is_step(event: dict[str, Any]) -> bool:
+    first_rank = event["rank"] == 0 and event["attempt"] > 0
+    return event["name"] == "step" and first_rank and event.get("step").__class__ is int
 
 
 def _step(event: dict[str, Any]) -> int:

@@ -15,7 +15,8 @@ from cluster.events import EventLog
 from cluster.store import ObjectStore, open_store
 from system.report.figures import thin
 from system.report.history import load_history
-from system.report.report import load_run, summarise, summary, write_report
+from system.report.report import summary, write_report
+from system.report.story import load_run, summarise
 from system.run_folder import claim_run
 from tests.support.small_run import STEPS, run_config, write_events
 
