@@ -48,6 +48,7 @@ setup(
         "jinja2>=3.1",
         "matplotlib>=3.9",
         "packaging>=24",
+        "psutil>=6",
     ],
     extras_require={
         "dev": [

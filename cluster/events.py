@@ -2,6 +2,8 @@
 
 An event is one JSON line `{"t", "attempt", "rank", "seq", "kind", "name", ...}`: `t` in Unix seconds, `seq`
 counting from 0 within an attempt and rank (a gap is a dropped event), `kind` one of instant, scalar, span.
+`t` is the wall clock as the log found it when it was opened, and goes on by the monotonic clock: a wall clock
+that is set meanwhile moves no event.
 Lines are gathered in memory and a thread writes them as immutable segments
 `events/attempt-0001/rank-00000/segment-000000.jsonl`. The caller never waits for the store and never sees its
 errors.
@@ -61,6 +63,7 @@ class EventLog:
         self._rank = rank
         self._flush_seconds = flush_seconds
         self._capacity = capacity
+        self._clock_offset = time.time() - time.monotonic()
         self._lock = threading.Condition()
         self._lines: deque[str] = deque()
         self._taken = 0
@@ -141,7 +144,8 @@ class EventLog:
         self._taken += 1
 
     def _encode(self, seq: int, kind: str, name: str, fields: dict[str, Any]) -> str:
-        header = dict(zip(_HEADER, (time.time(), self._attempt, self._rank, seq, kind, name), strict=True))
+        now = self._clock_offset + time.monotonic()
+        header = dict(zip(_HEADER, (now, self._attempt, self._rank, seq, kind, name), strict=True))
         return json.dumps(_to_json({**header, **fields}), allow_nan=False, separators=(",", ":"))
 
     def _write_segments(self) -> None:

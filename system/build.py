@@ -15,7 +15,7 @@ from cluster.errors import ConfigError, Hang
 from cluster.events import EventLog, claim_attempt
 from cluster.stop import StopRequest
 from cluster.store import ObjectStore
-from cluster.world import World
+from cluster.world import World, process_clocks
 from data_pipeline.image.augment import AugmentConfig
 from data_pipeline.loading.loader import Loader
 from data_pipeline.loading.order import OrderConfig
@@ -120,6 +120,7 @@ def build_engine(
 def open_event_log(run: ObjectStore, world: World, flush_seconds: float) -> Iterator[EventLog]:
     attempt = on_rank_zero(lambda: claim_attempt(run))
     events = EventLog(run, attempt, world.rank, flush_seconds)
+    events.instant("attempt_opened", **process_clocks())
     try:
         yield events
     finally:

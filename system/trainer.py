@@ -142,16 +142,17 @@ class Trainer:
             self.steps_done += 1
             self.record(output, verdict, outcome, scheduled, data_seconds, time.perf_counter() - started)
         else:
-            self.refuse(verdict, outcome)
+            self.refuse(verdict, outcome, data_seconds, time.perf_counter() - started)
         return verdict, outcome
 
-    def refuse(self, verdict: Verdict, outcome: StepOutcome) -> None:
+    def refuse(self, verdict: Verdict, outcome: StepOutcome, data_seconds: float, seconds: float) -> None:
         self.refused_steps += 1
         where = f"loss on {verdict.non_finite_ranks} ranks" if verdict.non_finite_ranks else "gradient"
         if outcome.loss_scale is not None:
             where += f" at loss scale {outcome.loss_scale:g}"
         if dist.get_rank() == 0:
-            self.events.instant("step_refused", step=self.steps_done, reason=f"non-finite {where}")
+            times = {"data_seconds": data_seconds, "step_seconds": seconds}
+            self.events.instant("step_refused", step=self.steps_done, reason=f"non-finite {where}", **times)
             self.console.warn(
                 f"step {self.steps_done} refused: non-finite {where} (norm {outcome.grad_norm})"
             )

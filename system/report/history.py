@@ -15,6 +15,7 @@ from typing import Any
 
 from cluster.errors import Hang, MaskClipError, ObjectNotFound
 from cluster.events import decode_events, newest_attempt, read_claim, read_events
+from cluster.goodput import Ledger, build_ledger
 from cluster.store import ObjectStore
 
 
@@ -89,6 +90,8 @@ class History:
     that were lost."""
     evaluations: tuple[Mark, ...]
     """facts: tower, data, file and the headline numbers."""
+    ledger: Ledger
+    """Where the time went."""
     skipped_events: int
     """Torn or unreadable lines of the log."""
 
@@ -206,6 +209,7 @@ def build_history(uri: str, events: Iterable[dict]) -> History:
         refusals=_marks(events, "step_refused"),
         incidents=_marks(events, *_INCIDENTS),
         evaluations=_marks(events, "evaluation"),
+        ledger=build_ledger(events),
         skipped_events=sum(
             event.get("count", 0) for event in events if event.get("name") == "events_skipped"
         ),

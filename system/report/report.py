@@ -16,6 +16,7 @@ from rich.text import Text
 
 from cluster.errors import ConfigError
 from system.evaluation.view import scores
+from system.report import goodput
 from system.report.figures import NUM_ATTEMPT_COLOURS, attempt_colour, curves, evaluation_curves
 from system.report.history import History, Mark
 from system.report.story import RunRecord, key_numbers, summarise
@@ -54,7 +55,10 @@ def summary(history: History) -> RenderableType:
         again, lasted = str(row["superseded_steps"]), duration(row["seconds"])
         attempts.add_row(str(row["number"]), utc(row["start"]), origin, steps, again, lasted, ended)
     evaluations = [Text(_evaluation_line(mark)) for mark in history.evaluations]
-    return Group(headline, Text(facts["verdict"]["detail"]), "", numbers, "", attempts, "", *evaluations)
+    parts: list[RenderableType] = [headline, Text(facts["verdict"]["detail"]), "", numbers, "", attempts, ""]
+    if history.ledger.stretches:
+        parts += [goodput.table(history.ledger), "", goodput.recovery_table(history.ledger), ""]
+    return Group(*parts, *evaluations)
 
 
 def _evaluation_line(mark: Mark) -> str:
@@ -95,6 +99,8 @@ def _render(record: RunRecord, facts: dict[str, Any]) -> str:
         summary=facts,
         numbers=key_numbers(facts),
         curves=curves(record.history),
+        goodput=goodput.rows(record.history.ledger),
+        time_line=goodput.time_line(record.history.ledger),
         evaluation_curves=evaluation_curves(record.history),
         evaluations=[
             {**evaluation, "rows": scores(evaluation)} for evaluation in reversed(record.evaluations)

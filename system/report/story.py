@@ -9,6 +9,7 @@ from typing import Any
 
 from cluster.errors import ObjectNotFound
 from cluster.store import ObjectStore
+from system.report import goodput
 from system.report.history import Attempt, History, Mark, load_history
 from system.report.words import count, duration, percent, utc
 
@@ -66,6 +67,7 @@ def summarise(record: RunRecord) -> dict[str, Any]:
         "events_skipped": history.skipped_events,
         "training_seconds": sum(attempt.end - attempt.start for attempt in history.attempts),
         "pairs_per_second": median(speeds) if speeds else None,
+        "goodput": goodput.facts(history.ledger),
         "last": {
             name: value for name, value in last.items() if isinstance(value, int | float) and isfinite(value)
         },
@@ -99,6 +101,9 @@ def key_numbers(facts: dict[str, Any]) -> list[dict[str, str]]:
         numbers.append({"name": "Throughput", "value": value, "note": "pairs per second, median"})
     time_note = f"in {count(len(facts['attempts']), 'attempt')}"
     numbers.append({"name": "Training time", "value": duration(facts["training_seconds"]), "note": time_note})
+    if facts["goodput"]["share"] is not None:
+        value, wall = percent(facts["goodput"]["share"]), duration(facts["goodput"]["wall_seconds"])
+        numbers.append({"name": "Goodput", "value": value, "note": f"productive, of {wall}"})
     lost = f"{count(facts['superseded_steps'], 'step')} trained again"
     numbers.append({"name": "Kills survived", "value": str(facts["kills"]), "note": lost})
     retrievals = [found["retrieval"] for found in facts["evaluations"] if "retrieval" in found]

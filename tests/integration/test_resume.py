@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.events import read_events
+from cluster.goodput import build_ledger
 from cluster.store import open_store
 from system.checkpoints.checkpoint import committed_steps, read_parameters
 from tests.support.runs import instants, live_steps, train, train_until_killed, write_recipe
@@ -47,6 +49,19 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, train_data, precision, st
 
     assert [event["resumed_step"] for event in instants(killed, "attempt_started")] == [None, 4, 4]
     assert_same_run(killed, undisturbed, after=4, last=12)
+    assert_every_second_is_accounted_for(killed)
+
+
+def assert_every_second_is_accounted_for(run: Path) -> None:
+    """In the ledger of a run that was killed twice and resumed."""
+    events = read_events(open_store(str(run)))
+    ledger = build_ledger(events)
+    assert sum(ledger.seconds.values()) == pytest.approx(ledger.wall_seconds, rel=1e-3)
+    never = {name for name, seconds in ledger.seconds.items() if seconds == 0}
+    assert never <= {"evaluation", "idle"}
+    kept = live_steps(run).values()
+    assert ledger.seconds["productive"] == pytest.approx(sum(e["step_seconds"] for e in kept), rel=1e-3)
+    assert [found.attempt for found in ledger.recoveries] == [1, 2, 3]
 
 
 def test_world_size_and_stage_change_keep_the_samples(tmp_path, train_data):

@@ -104,7 +104,7 @@ def test_page_has_every_part(run: ObjectStore, tmp_path: Path):
     numbers = ("50.0 %", "10.0 times chance", "zero-shot, 100 classes")
     for words in (*story, *numbers, "Learning rate", "Throughput", "global_batch"):
         assert words in page.text
-    assert page.tags.count("figure") == 5  # loss, image_text, lr, pairs_per_second, grad_norm
+    assert page.tags.count("figure") == 6  # time line, loss, image_text, lr, pairs_per_second, grad_norm
     assert page.tags.count("img") == 2 + 1
 
 
