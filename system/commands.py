@@ -173,6 +173,15 @@ def report(args: Args) -> Result:
     return Result(write_report(record, Path(config.output)), summary(record.history))
 
 
+def dashboard(args: Args) -> Result:
+    from system.dashboard.serve import DashboardConfig, serve
+
+    config = knobs(args, DashboardConfig)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    serve(args.uri, config, lambda address: console.print(f"{args.uri} at {address}  (Ctrl-C ends it)"))
+    return Result({"uri": args.uri}, f"{args.uri}: the dashboard has ended")
+
+
 def show_config(args: Args) -> Result:
     import yaml
 

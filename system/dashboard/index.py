@@ -9,13 +9,14 @@ from typing import Any
 
 from system.dashboard.columns import Column, Trace
 from system.dashboard.ranks import RankGrid
+from system.dashboard.step_times import StepTimes
 from system.report.history import History, build_history, live_limits
 
 MOST_SCALARS = 120
-MOST_MARKS = 2_000
+MOST_MARKS = 5_000
 """Single events that are kept of each name; of attempts and their ends all are."""
-_ALWAYS = ("attempt_started", "attempt_ended", "attempt_config")
-_PER_RANK = ("checkpoint_part",)
+_ALWAYS = ("attempt_opened", "attempt_started", "attempt_ended", "attempt_config")
+_PER_RANK = ("checkpoint_part", "rank_times")
 _NUMBERS = (float, int)
 _ENVELOPE = frozenset({"t", "attempt", "rank", "seq", "kind", "name", "step"})
 
@@ -48,6 +49,7 @@ class RunIndex:
         self.columns: dict[str, Column] = {}
         self._marks: dict[str, deque[dict[str, Any]]] = defaultdict(lambda: deque(maxlen=MOST_MARKS))
         self._always: list[dict[str, Any]] = []
+        self._times = StepTimes()
         self._stretches: dict[int, list[_Stretch]] = defaultdict(list)
         """Of each attempt, in order."""
         self._last_time: dict[int, float] = {}
@@ -59,12 +61,14 @@ class RunIndex:
             attempt = events[0]["attempt"]
             self._last_time[attempt] = max(events[-1]["t"], self._last_time.get(attempt, 0.0))
         for event in events:
-            if event["kind"] == "instant":
+            if event["kind"] != "scalar":
                 self._mark(event)
         measured = [event for event in events if event["kind"] == "scalar" or event["name"] in _PER_RANK]
         if measured:
             self.ranks.add(measured)
-        self._add_steps([event for event in events if _is_step(event)])
+        steps = [event for event in events if _is_step(event)]
+        self._times.add(steps)
+        self._add_steps(steps)
         self.events += len(events)
         self.torn += torn
         self.version += 1
@@ -137,10 +141,10 @@ class RunIndex:
         return column.live(limits, first, last, points), [(attempts[line.stretch], line) for line in lost]
 
     def history(self) -> History:
-        """As of `load_history`, but for the steps: of each attempt only the first and the newest."""
+        """As of `load_history`, but for `steps`, which holds no scalars and not every step."""
         if self._history is None or self._history[0] != self.version:
-            ends = [event for own in self._stretches.values() for s in own for event in (s.first, s.last)]
-            events = sorted([*self._always, *itertools.chain(*self._marks.values()), *ends], key=_order)
+            marks = itertools.chain(*self._marks.values())
+            events = sorted([*self._always, *marks, *self._times.entries], key=_order)
             history = build_history(self.uri, events)
             attempts = tuple(
                 replace(

@@ -45,22 +45,30 @@ class RankGrid:
         return sum(grid.sum.nbytes + grid.number.nbytes for grid in self._grids.values())
 
     def add(self, events: list[dict[str, Any]]) -> None:
-        """Take in the times that events of one rank measured: their fields named `...seconds`."""
-        rank = events[0]["rank"]
-        if not 0 <= rank < MOST_RANKS:
-            return
-        self._ranks = max(self._ranks, rank + 1)
+        """Take in the times that events of one rank measured: their fields named `...seconds`, and the
+        `seconds` of all ranks in a `rank_times` event."""
         if self._start is None:
             self._start = events[0]["t"]
         self._widen(max(event["t"] for event in events) - self._start)
+        for event in events:
+            if event["name"] == "rank_times":
+                for rank, seconds in enumerate(event["seconds"]):
+                    self._put("step work", rank, [(event["t"], seconds)])
+        rank = events[0]["rank"]
         for name in set().union(*events):
             if not name.endswith("seconds"):
                 continue
             rows = [(e["t"], e[name]) for e in events if isinstance(e.get(name), int | float)]
-            if rows and (name in self._grids or len(self._grids) < MOST_MEASURES):
-                time_N, value_N = np.array(rows).T
-                column_N = np.maximum(0, (time_N - self._start) // self._seconds).astype(np.int64)
-                self._grids.setdefault(name, _Grid()).add(rank, column_N, value_N)
+            if rows:
+                self._put(name, rank, rows)
+
+    def _put(self, name: str, rank: int, rows: list[tuple[float, float]]) -> None:
+        if not 0 <= rank < MOST_RANKS or (name not in self._grids and len(self._grids) >= MOST_MEASURES):
+            return
+        self._ranks = max(self._ranks, rank + 1)
+        time_N, value_N = np.array(rows).T
+        column_N = np.maximum(0, (time_N - self._start) // self._seconds).astype(np.int64)
+        self._grids.setdefault(name, _Grid()).add(rank, column_N, value_N)
 
     def _widen(self, seconds: float) -> None:
         while seconds >= self._seconds * COLUMNS:
@@ -76,10 +84,10 @@ class RankGrid:
                 continue
             number = grid.number[: self._ranks]
             used = int(np.flatnonzero(number.sum(0)).max()) + 1
-            with np.errstate(divide="ignore", invalid="ignore"):
-                mean = (grid.sum[: self._ranks] / number)[:, :used]
-            mean[~np.isfinite(mean)] = np.nan
-            measures[name] = np.where(np.isnan(mean), None, np.round(mean, 6).astype(object)).tolist()
+            rows = zip(grid.sum[:, :used].tolist(), number[:, :used].tolist(), strict=False)
+            measures[name] = [
+                [round(s / n, 6) if n else None for s, n in zip(*row, strict=True)] for row in rows
+            ]
         return {
             "start": self._start,
             "seconds": self._seconds,
