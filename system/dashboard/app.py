@@ -119,7 +119,7 @@ class _Streams:
         sent: tuple[int, float, str | None] | None = None
         still = 0.0
         while True:
-            follower.ask()
+            await asyncio.to_thread(follower.ask)
             state = follower.index.version, follower.done, follower.problem
             if state != sent:
                 sent, still = state, 0.0

@@ -6,13 +6,14 @@ Shapes: N rows.
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from math import isfinite
 
 import numpy as np
 
 CAPACITY = 1 << 17
-"""Rows that a series holds before its older ones are thinned: 3 MB, and 60 times the width of a screen."""
-_THINNED = 4
+"""Rows of a series, about: 3 MB, and 60 times the width of a screen."""
+_RAW_SHARE = 8
+"""This part of the rows, the newest, is never thinned."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,17 @@ class Trace:
 class Column:
     """One scalar of a run, stretch by stretch: one of rising steps, an attempt or its part between rewinds.
 
-    Beyond `capacity` rows every four neighbours of a stretch become their lowest and their highest, as often
-    as needed: the memory is bounded, no spike is lost, and what is kept are values of the log.
+    Beyond `capacity` rows neighbours of a stretch become their lowest and their highest, over as many steps
+    everywhere but among the newest: the memory is bounded, no spike is lost, and what is kept are values of
+    the log.
     """
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
         self._rows = 0
+        self._settled = 0
+        """Rows that are thinned, or would be; each two of them stand for `_thinned` of the log."""
+        self._thinned = 2
         self._step = np.empty(1024, np.int64)
         self._stretch = np.empty(1024, np.int32)
         self._value = np.empty(1024, np.float64)
@@ -56,8 +61,16 @@ class Column:
         self._stretch[self._rows : end] = stretch
         self._value[self._rows : end] = new
         self._rows = end
-        while self._rows > self._capacity:
-            self._thin()
+        raw = self._capacity // _RAW_SHARE
+        if self._rows - self._settled > raw:
+            settled = self._rows - raw // 2
+            if self._thinned > 2:
+                self._thin(self._settled, settled, self._thinned)
+            else:
+                self._settled = settled
+        while self._settled > self._capacity - raw:
+            self._thin(0, self._settled, 4)
+            self._thinned *= 2
 
     def live_values(self, limits: Mapping[int, float]) -> np.ndarray:
         """The values that count, as far as they are kept."""
@@ -99,31 +112,32 @@ class Column:
             for array in (self._step, self._stretch, self._value)
         )
 
-    def _thin(self) -> None:
-        edges = [0, *(np.flatnonzero(np.diff(self._stretch[: self._rows])) + 1), self._rows]
-        kept = np.concatenate(
-            [start + extremes(self._value[start:end], _THINNED) for start, end in itertools.pairwise(edges)]
-        )
+    def _thin(self, start: int, end: int, size: int) -> None:
+        """Of every `size` rows from `start` to `end` two stay; all before `end` are settled then."""
+        edges = [start, *(start + 1 + np.flatnonzero(np.diff(self._stretch[start:end]))), end]
+        kept = [a + extremes(self._value[a:b], size) for a, b in itertools.pairwise(edges)]
+        kept = np.concatenate([np.arange(start), *kept, np.arange(end, self._rows)])
+        self._settled = len(kept) - (self._rows - end)
         self._rows = len(kept)
-        size = self._rows + 1024
         for name in ("_step", "_stretch", "_value"):
             old = getattr(self, name)
-            new = np.empty(size, old.dtype)
+            new = np.empty(self._rows + 1024, old.dtype)
             new[: self._rows] = old[kept]
             setattr(self, name, new)
 
 
 def extremes(value_N: np.ndarray, size: int) -> np.ndarray:
-    """Rising places of the lowest and the highest of every `size` neighbours, and of the ends."""
+    """Rising places of the lowest and highest finite value of every `size` neighbours, and of the ends."""
     rows = len(value_N)
+    finite_N = np.isfinite(value_N)
+    low_N, high_N = np.where(finite_N, value_N, np.inf), np.where(finite_N, value_N, -np.inf)
     whole = rows // size * size
-    if whole == 0:
-        return np.arange(rows)
-    groups = value_N[:whole].reshape(-1, size)
     start = np.arange(0, whole, size)
-    low = start + np.where(np.isnan(groups), np.inf, groups).argmin(1)
-    high = start + np.where(np.isnan(groups), -np.inf, groups).argmax(1)
-    return np.unique(np.concatenate([low, high, np.arange(whole, rows), [0, rows - 1]]))
+    low, high = (each_N[:whole].reshape(-1, size) for each_N in (low_N, high_N))
+    kept = [start + low.argmin(1), start + high.argmax(1)]
+    if whole < rows:
+        kept.append(np.array([whole + low_N[whole:].argmin(), whole + high_N[whole:].argmax()]))
+    return np.unique(np.concatenate([*kept, [0, rows - 1]]))
 
 
 def _trace(stretch: int, step: np.ndarray, value: np.ndarray, points: int) -> Trace:
@@ -136,6 +150,6 @@ def _trace(stretch: int, step: np.ndarray, value: np.ndarray, points: int) -> Tr
     return Trace(stretch, step.tolist(), finite(value))
 
 
-def finite(values: np.ndarray) -> list[Any]:
+def finite(values: np.ndarray) -> list[float | None]:
     """Plain floats, None for nan and infinity."""
-    return np.where(np.isfinite(values), values.astype(object), None).tolist()
+    return [value if isfinite(value) else None for value in values.tolist()]

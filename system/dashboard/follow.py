@@ -17,6 +17,7 @@ MOST_RUNS = 8
 """Runs with an index in memory; the one that was not asked for longest goes."""
 _LOOK_SECONDS = 1.0
 _IDLE_SECONDS = 60.0
+_PATIENCE_SECONDS = 0.3
 _OF_A_RUN = re.compile(r"(.+)/(?:attempts|events)/attempt-\d+.*")
 
 _log = logging.getLogger(__name__)
@@ -37,11 +38,13 @@ class Follower:
         self._reader = LogReader(run)
         self._asked = time.monotonic()
         self._stopped = threading.Event()
+        self._whole = threading.Event()
         threading.Thread(target=self._follow, name=f"follow-{name}", daemon=True).start()
 
     def ask(self) -> None:
-        """Somebody looks at this run."""
+        """Somebody looks at this run. Waits a moment if it has just been opened."""
         self._asked = time.monotonic()
+        self._whole.wait(_PATIENCE_SECONDS)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -54,6 +57,7 @@ class Follower:
                     self.problem = None
                 except MaskClipError as error:
                     self.problem = str(error)
+                    self._whole.set()
                 except Exception as error:  # a broken log must not end the thread; the page says so
                     _log.exception("reading %s", self.run.uri)
                     self.problem = f"{type(error).__name__}: {error}"
@@ -70,6 +74,7 @@ class Follower:
                     self.index.add(batch.events, batch.torn)
             self.done = max(self.done, batch.done)
         self.done = 1.0
+        self._whole.set()
 
 
 class Runs:

@@ -2,7 +2,6 @@
 
 import itertools
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
@@ -165,10 +164,6 @@ class RunIndex:
         for name in names or tuple(self._marks):
             found += self._marks.get(name, ())
         return sorted(found, key=_order)
-
-    def newest_marks(self, count: int) -> Iterator[dict[str, Any]]:
-        """The newest single events of all names, newest first."""
-        return itertools.islice(reversed(self.marks()), count)
 
 
 def facts(event: dict[str, Any]) -> dict[str, Any]:

@@ -51,8 +51,9 @@ class RankGrid:
             self._start = events[0]["t"]
         self._widen(max(event["t"] for event in events) - self._start)
         for event in events:
-            if event["name"] == "rank_times":
-                for rank, seconds in enumerate(event["seconds"]):
+            times = event.get("seconds") if event["name"] == "rank_times" else None
+            for rank, seconds in enumerate(times if isinstance(times, list) else ()):
+                if isinstance(seconds, int | float):
                     self._put("step work", rank, [(event["t"], seconds)])
         rank = events[0]["rank"]
         for name in set().union(*events):

@@ -87,6 +87,7 @@ def events(follower: Follower, name: str | None) -> list[dict[str, Any]]:
     """The newest single events, newest first; of one name if it is given."""
     with follower.lock:
         found = follower.index.marks(*([name] if name else []))
+    found = sorted(found, key=lambda event: event["t"])
     return [
         {key: event[key] for key in ("t", "attempt", "rank", "name")}
         | {"step": event.get("step"), "facts": facts(event)}

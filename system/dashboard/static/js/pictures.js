@@ -20,7 +20,7 @@ export function showEvaluation(found) {
 }
 
 function picture(pictures, number, alt) {
-  return make("img", { src: `data:image/jpeg;base64,${pictures[number]}`, alt, width: 96, height: 96, loading: "lazy" });
+  return make("img", { src: `data:image/jpeg;base64,${pictures[number]}`, alt, width: 96, height: 96 });
 }
 
 function pair(pictures, example, withPicture) {
