@@ -11,7 +11,7 @@ from tests.support.runs import live_steps, write_recipe
 @needs_browser
 def test_new_points_of_a_live_run_appear_without_reload(tmp_path: Path, train_data: str):
     run = tmp_path / "run"
-    knobs = (f"run.uri={run}", f"data.uri={train_data}", "run.steps=60", "run.event_seconds=0.2")
+    knobs = (f"run.uri={run}", f"data.uri={train_data}", "run.steps=30", "run.event_seconds=0.2")
     argv = [sys.executable, "-m", "system.cli", "train", str(write_recipe(tmp_path)), *knobs]
     trainer = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -28,8 +28,8 @@ def test_new_points_of_a_live_run_appear_without_reload(tmp_path: Path, train_da
             page.get_by_text("Finished", exact=True).wait_for(timeout=60_000)
             assert page.evaluate("window.loadedOnce")
             steps = live_steps(run)
-            assert number(page, "Step") == str(max(steps)) == "60"
-            assert page.locator('[data-scalar="loss"] output').inner_text() == f"{steps[60]['loss']:.4g}"
+            assert number(page, "Step") == str(max(steps)) == "30"
+            assert page.locator('[data-scalar="loss"] output').inner_text() == f"{steps[30]['loss']:.4g}"
     finally:
         trainer.kill()
         trainer.wait()

@@ -34,6 +34,7 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (D
 class Server:
     host: str
     port: int
+    pid: int
     address: str
     """As the command printed it, with the token if there is one."""
 
@@ -62,7 +63,7 @@ def dashboard(uri: str | Path, *knobs: str) -> Iterator[Server]:
             match = re.search(r"http://(\S+?):(\d+)/\S*", line)
             if match:
                 threading.Thread(target=process.stderr.read, daemon=True).start()
-                yield Server(match[1], int(match[2]), match[0])
+                yield Server(match[1], int(match[2]), process.pid, match[0])
                 return
         raise AssertionError(f"the dashboard did not start: {''.join(lines)}")
     finally:
