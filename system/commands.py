@@ -40,6 +40,8 @@ class Result:
 class ReportConfig:
     output: str = "report.html"
     """Where the HTML page goes."""
+    compare: str | None = None
+    """Another run to show beside it: local path or s3://bucket/prefix."""
 
 
 @dataclass
@@ -170,7 +172,8 @@ def report(args: Args) -> Result:
 
     config = knobs(args, ReportConfig)
     record = load_run(open_store(args.run))
-    return Result(write_report(record, Path(config.output)), summary(record.history))
+    other = load_run(open_store(config.compare)) if config.compare else None
+    return Result(write_report(record, Path(config.output), other), summary(record, other))
 
 
 def dashboard(args: Args) -> Result:

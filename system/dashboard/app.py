@@ -25,6 +25,8 @@ STATIC = Path(__file__).parent / "static"
 MOST_NAMES = 40
 MOST_STREAMS = 64
 _LOOK_SECONDS = 0.5
+_READING_SECONDS = 2.0
+"""Between two changes while a long log is read for the first time: looking at it slows the reading."""
 _STILL_SECONDS = 15.0
 _FURTHEST = 1 << 53
 
@@ -128,8 +130,9 @@ class _Streams:
             elif still >= _STILL_SECONDS:
                 still = 0.0
                 yield ": still here\n\n"
-            await asyncio.sleep(_LOOK_SECONDS)
-            still += _LOOK_SECONDS
+            pause = _LOOK_SECONDS if follower.done == 1.0 else _READING_SECONDS
+            await asyncio.sleep(pause)
+            still += pause
 
 
 def _not_found(request: Request, error: Exception) -> Response:

@@ -66,7 +66,8 @@ class RunIndex:
         if measured:
             self.ranks.add(measured)
         steps = [event for event in events if _is_step(event)]
-        self._times.add(steps)
+        if events and events[0]["rank"] == 0 and events[0]["attempt"] > 0:
+            self._times.add([event for event in events if event["name"] != "step" or _is_step(event)])
         self._add_steps(steps)
         self.events += len(events)
         self.torn += torn

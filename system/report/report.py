@@ -16,14 +16,15 @@ from rich.text import Text
 
 from cluster.errors import ConfigError
 from system.evaluation.view import scores
-from system.report import goodput
+from system.report import compare, goodput
 from system.report.figures import NUM_ATTEMPT_COLOURS, attempt_colour, curves, evaluation_curves
-from system.report.history import History, Mark
+from system.report.history import Mark
 from system.report.story import RunRecord, key_numbers, summarise
 from system.report.words import duration, percent, size, utc
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html.j2"
 CHECKPOINTS_SHOWN = 20
+INCIDENTS_SHOWN = 20
 # What the line of an evaluation says besides its retrieval: fact of the event -> name.
 _SHARES = {
     "top1": "zero-shot",
@@ -35,9 +36,10 @@ _SHARES = {
 _STYLES = {"good": "green", "warn": "yellow", "bad": "red"}
 
 
-def summary(history: History) -> RenderableType:
-    """The story of a run for a terminal, from its events alone."""
-    facts = summarise(RunRecord(history, None, ()))
+def summary(record: RunRecord, other: RunRecord | None = None) -> RenderableType:
+    """The story of a run for a terminal, without its evaluations' tables; beside `other` if it is given."""
+    history = record.history
+    facts = summarise(RunRecord(history, record.config, ()))
     style = _STYLES[facts["verdict"]["level"]]
     headline = Text.assemble((facts["verdict"]["headline"], f"bold {style}"), "  ", (facts["run"], "dim"))
     numbers = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -58,7 +60,19 @@ def summary(history: History) -> RenderableType:
     parts: list[RenderableType] = [headline, Text(facts["verdict"]["detail"]), "", numbers, "", attempts, ""]
     if history.ledger.stretches:
         parts += [goodput.table(history.ledger), "", goodput.recovery_table(history.ledger), ""]
+    if facts["incidents"]:
+        parts += [_incident_table(facts["incidents"]), ""]
+    if other is not None:
+        parts += [compare.table(facts, summarise(other)), ""]
     return Group(*parts, *evaluations)
+
+
+def _incident_table(incidents: list[dict[str, Any]]) -> Table:
+    shown = Table("incident", "step", "when (UTC)", "why", "what to do", box=None)
+    for found in incidents[-INCIDENTS_SHOWN:]:
+        when, what = utc(found["time"]), found["what"]
+        shown.add_row(what, str(found["step"]), when, Text(found["reason"]), found["advice"])
+    return shown
 
 
 def _evaluation_line(mark: Mark) -> str:
@@ -73,11 +87,11 @@ def _evaluation_line(mark: Mark) -> str:
     return f"evaluated step {mark.step} ({facts['tower']}) on {facts['data']}: {', '.join(found)}{chance}"
 
 
-def write_report(record: RunRecord, out: Path) -> dict[str, Any]:
-    """Write the HTML page to `out` and return what `summarise` says. Raises ConfigError when `out` cannot be
-    written."""
+def write_report(record: RunRecord, out: Path, other: RunRecord | None = None) -> dict[str, Any]:
+    """Write the HTML page to `out` and return what `summarise` says, also of `other` if it is given. Raises
+    ConfigError when `out` cannot be written."""
     facts = summarise(record)
-    page = _render(record, facts)
+    page = _render(record, facts, other)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -87,10 +101,11 @@ def write_report(record: RunRecord, out: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{out}: the report cannot be written there ({error.strerror}); give another file"
         ) from None
-    return {**facts, "report": str(out)}
+    compared = {"compared": summarise(other)} if other else {}
+    return {**facts, **compared, "report": str(out)}
 
 
-def _render(record: RunRecord, facts: dict[str, Any]) -> str:
+def _render(record: RunRecord, facts: dict[str, Any], other: RunRecord | None) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters.update(percent=percent, duration=duration, utc=utc, size=size)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -98,6 +113,9 @@ def _render(record: RunRecord, facts: dict[str, Any]) -> str:
     return template.render(
         summary=facts,
         numbers=key_numbers(facts),
+        other=other and summarise(other),
+        compared=compare.rows(facts, summarise(other)) if other else [],
+        compared_curves=compare.curves([record.history, other.history]) if other else [],
         curves=curves(record.history),
         goodput=goodput.rows(record.history.ledger),
         time_line=goodput.time_line(record.history.ledger),

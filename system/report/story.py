@@ -10,6 +10,7 @@ from typing import Any
 from cluster.errors import ObjectNotFound
 from cluster.store import ObjectStore
 from system.report import goodput
+from system.report.causes import advice_for_end, advice_for_event
 from system.report.history import Attempt, History, Mark, load_history
 from system.report.words import count, duration, percent, utc
 
@@ -78,9 +79,8 @@ def summarise(record: RunRecord) -> dict[str, Any]:
             {"step": mark.step, "attempt": mark.attempt, "time": mark.time, **mark.facts}
             for mark in history.checkpoints
         ],
-        "incidents": [
-            _incident(mark) for mark in sorted(history.refusals + history.incidents, key=lambda m: m.time)
-        ],
+        "cost": _cost(record),
+        "incidents": _incidents(history),
         "evaluations": [
             {key: value for key, value in evaluation.items() if key not in ("examples", "pictures")}
             for evaluation in record.evaluations
@@ -101,6 +101,9 @@ def key_numbers(facts: dict[str, Any]) -> list[dict[str, str]]:
         numbers.append({"name": "Throughput", "value": value, "note": "pairs per second, median"})
     time_note = f"in {count(len(facts['attempts']), 'attempt')}"
     numbers.append({"name": "Training time", "value": duration(facts["training_seconds"]), "note": time_note})
+    spent, useful = facts["cost"]["rank_hours"], facts["cost"]["productive_rank_hours"]
+    note = "" if useful is None else f"{useful:,.2f} of them productive"
+    numbers.append({"name": "Cost in rank hours", "value": f"{spent:,.2f}", "note": note})
     if facts["goodput"]["share"] is not None:
         value, wall = percent(facts["goodput"]["share"]), duration(facts["goodput"]["wall_seconds"])
         numbers.append({"name": "Goodput", "value": value, "note": f"productive, of {wall}"})
@@ -171,8 +174,50 @@ def _outcome(attempt: Attempt, *, newest: bool) -> tuple[str, str]:
     )
 
 
+def _cost(record: RunRecord) -> dict[str, Any]:
+    """What was spent: hours of all ranks together, the part that made progress, pairs with and without
+    repetition."""
+    history, config = record.history, record.config
+    spent = sum((a.end - a.start) * (a.facts.get("processes") or 1) for a in history.attempts) / 3600
+    share = history.ledger.goodput
+    batch = config["data"].get("global_batch") if config else None
+    steps = history.last_step or 0
+    return {
+        "rank_hours": spent,
+        "productive_rank_hours": None if share is None else spent * share,
+        "pairs": steps * batch if batch else None,
+        "pairs_again": len(history.superseded_steps) * batch if batch else None,
+    }
+
+
+def _incidents(history: History) -> list[dict[str, Any]]:
+    """What went wrong, in the order of time: single events, and attempts that ended otherwise than asked."""
+    found = [_incident(mark) for mark in history.refusals + history.incidents]
+    for attempt in history.attempts:
+        newest = attempt is history.attempts[-1]
+        level, outcome = _outcome(attempt, newest=newest)
+        if level == "bad":
+            found.append(
+                {
+                    "what": f"attempt {attempt.number} ended",
+                    "step": attempt.last_step or 0,
+                    "attempt": attempt.number,
+                    "time": attempt.end,
+                    "reason": outcome,
+                    "advice": advice_for_end(attempt.exit_code, killed=attempt.killed),
+                }
+            )
+    return sorted(found, key=lambda incident: incident["time"])
+
+
 def _incident(mark: Mark) -> dict[str, Any]:
     reason = mark.facts.get("reason") or "; ".join(map(str, mark.facts.get("problems", ())))
     reason = reason or ", ".join(f"{key} {value}" for key, value in mark.facts.items())
-    what = mark.name.replace("_", " ")
-    return {"what": what, "step": mark.step, "attempt": mark.attempt, "time": mark.time, "reason": reason}
+    return {
+        "what": mark.name.replace("_", " "),
+        "step": mark.step,
+        "attempt": mark.attempt,
+        "time": mark.time,
+        "reason": reason,
+        "advice": advice_for_event(mark.name),
+    }

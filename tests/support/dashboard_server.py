@@ -40,7 +40,7 @@ class Server:
 
     def get(self, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body. `path` goes over the wire as it is."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.putrequest(method, path, "Host" in headers, "Accept-Encoding" in headers)
         for name, value in headers.items():
             connection.putheader(name, value)

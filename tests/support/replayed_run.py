@@ -40,10 +40,10 @@ class Replay:
         """A second each, of which a tenth is waiting."""
         for step in range(first, last + 1):
             self.now += 1.0
-            values = {name: (5.0 + k) / step for k, name in enumerate(SCALARS)}
-            speed = {"pairs_per_second": 24.0, "data_seconds": 0.1, "step_seconds": 0.9}
+            values: dict[str, Any] = {name: (5.0 + k) / step for k, name in enumerate(SCALARS)}
+            values |= {"pairs_per_second": 24.0, "data_seconds": 0.1, "step_seconds": 0.9}
             loss = 9.0 / step + 0.25 * attempt
-            self.put(attempt, "scalar", "step", step=step, loss=loss, slot=24 * (step - 1), **values, **speed)
+            self.put(attempt, "scalar", "step", step=step, loss=loss, slot=24 * (step - 1), **values)
             if step % 10 == 0:
                 self.put(
                     attempt, "instant", "rank_times", step=step, seconds=[0.9 + rank for rank in range(ranks)]
