@@ -1,7 +1,8 @@
 """How long does the page take over a log of a million events, and how much memory does its server need?
 
-Writes a run of --events steps with 12 scalars in 20 attempts with rewinds, serves it with
-`maskclip dashboard` in a process of its own, and opens it in Chromium. "Ready" is when all numbers, curves and tables are drawn.
+Writes a run of --events steps with 11 scalars in 20 attempts with rewinds, serves it with
+`maskclip dashboard` in a process of its own, and opens it in Chromium. "Ready" is when all numbers, curves
+and tables are drawn.
 
     python -m benchmarks.dashboard [--events 1000000] [--json FILE]
 """
@@ -10,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import tempfile
 import time
 from pathlib import Path
+
+from playwright.sync_api import Browser
 
 from tests.support.dashboard_server import READY, Server, browser, dashboard
 from tests.support.replayed_run import Replay
@@ -36,8 +38,9 @@ def write_run(folder: Path, events: int) -> None:
 
 
 def memory(pid: int) -> dict[str, float]:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return {name: int(re.search(rf"{name}:\s+(\d+)", status)[1]) / 1024 for name in ("VmRSS", "VmHWM")}  # pyright: ignore[reportOptionalSubscript]
+    """VmRSS and VmHWM in MiB."""
+    lines = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {line[0].rstrip(":"): int(line[1]) / 1024 for line in lines if line[0] in ("VmRSS:", "VmHWM:")}
 
 
 def read_whole(server: Server) -> float:
@@ -48,7 +51,7 @@ def read_whole(server: Server) -> float:
     return time.perf_counter() - started
 
 
-def ready(found, address: str) -> float:
+def ready(found: Browser, address: str) -> float:
     page = found.new_context(viewport={"width": 1600, "height": 1000}).new_page()
     started = time.perf_counter()
     page.goto(address)
@@ -59,7 +62,7 @@ def ready(found, address: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--events", type=int, default=1_000_000)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -3,6 +3,7 @@
 from typing import Any
 
 MOST = 8_192
+_LARGEST = 1 << 20
 _OTHERS = frozenset(
     {"step_refused", "checkpoint_stall", "checkpoint_restored", "evaluation", "evaluation_failed"}
 )
@@ -18,9 +19,11 @@ class StepTimes:
 
     def __init__(self, most: int = MOST) -> None:
         self._most = most
+        self._group = 1
+        """Most steps of an entry."""
         self._apart = True
         self.entries: list[dict[str, Any]] = []
-        """Events named "step"; one that is `apart` must not be joined to the one before."""
+        """Events named "step": `apart` is not joined to the one before, `steps` is how many they are."""
 
     def add(self, events: list[dict[str, Any]]) -> None:
         """Events of the first rank, in the order of the log."""
@@ -30,37 +33,36 @@ class StepTimes:
             elif event["name"] == "step":
                 self._add_step(event)
         if len(self.entries) > self._most:
-            self._join(self._most // 2)
-        if len(self.entries) > self._most:  # very many events between steps
-            for entry in self.entries:
-                entry["apart"] = False
-            self._join(self._most // 2)
+            self._join()
+        while len(self.entries) > self._most:
+            if self._group > _LARGEST:  # very many events between steps
+                self.entries = [{**entry, "apart": False} for entry in self.entries]
+                self._group = 1
+            self._group *= 2
+            self._join()
 
     def _add_step(self, event: dict[str, Any]) -> None:
         entry = {key: event[key] for key in ("t", "attempt", "rank", "seq", "kind", "name", "step")}
         for key in ("step_seconds", "data_seconds"):
             entry[key] = _number(event.get(key))
-        self.entries.append({**entry, "apart": self._apart})
-        self._apart = False
+        first = not self.entries or self.entries[-1]["attempt"] != event["attempt"]
+        self.entries.append({**entry, "steps": 1, "apart": first or self._apart})
+        self._apart = first
 
-    def _join(self, wanted: int) -> None:
-        """Join neighbours in pairs, again and again, until `wanted` are left or none can be joined."""
-        before = len(self.entries) + 1
-        while wanted < len(self.entries) < before:
-            before = len(self.entries)
-            joined: list[dict[str, Any]] = []
-            single = False  # the last of `joined` may take one more
-            for entry in self.entries:
-                last = joined[-1] if joined else None
-                first = last is None or last["attempt"] != entry["attempt"]
-                if last is None or first or not single or entry["apart"]:
-                    joined.append(entry)
-                    single = not first
-                else:
-                    sums = {key: last[key] + entry[key] for key in ("step_seconds", "data_seconds")}
-                    joined[-1] = {**entry, **sums, "apart": last["apart"]}
-                    single = False
-            self.entries = joined
+    def _join(self) -> None:
+        joined: list[dict[str, Any]] = []
+        for entry in self.entries:
+            last = joined[-1] if joined and not entry["apart"] else None
+            if (
+                last is None
+                or last["attempt"] != entry["attempt"]
+                or last["steps"] + entry["steps"] > self._group
+            ):
+                joined.append(entry)
+            else:
+                sums = {key: last[key] + entry[key] for key in ("steps", "step_seconds", "data_seconds")}
+                joined[-1] = {**entry, **sums, "apart": last["apart"]}
+        self.entries = joined
 
 
 def _number(value: Any) -> float:
