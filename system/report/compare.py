@@ -31,7 +31,7 @@ def rows(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, str, s
 
 def table(ours: dict[str, Any], theirs: dict[str, Any]) -> Table:
     """The same for a terminal."""
-    shown = Table("", ours["run"], theirs["run"], box=None)
+    shown = Table("side by side", ours["name"], theirs["name"], box=None)
     for row in rows(ours, theirs):
         shown.add_row(*row)
     return shown
