@@ -142,6 +142,7 @@ function open(run) {
     return make("label", {}, box, name);
   }));
   at("compare").hidden = page.names.length < 2;
+  refresh();
 }
 
 async function start() {
