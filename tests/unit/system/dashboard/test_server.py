@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from cluster.store import open_store
 from tests.support.dashboard_server import Server, dashboard
 from tests.support.replayed_run import write_killed_and_rewound
 from tests.support.runs import maskclip
@@ -55,6 +57,22 @@ def test_all_runs_of_a_folder(server: Server):
     status, _, body = server.get("/api/overview?run=deeper/second")
     assert status == 200
     assert json.loads(body)["story"]["steps_done"] == 60
+
+
+def test_runs_in_an_object_store(tmp_path: Path, s3_env: str):
+    write_killed_and_rewound(tmp_path)
+    store = open_store(f"{s3_env}/runs/one")
+    for path in tmp_path.rglob("*.json*"):
+        store.put_file(path.relative_to(tmp_path).as_posix(), path)
+    with dashboard(f"{s3_env}/runs") as found:
+        assert json.loads(found.get("/api/runs")[2]) == ["one"]
+        view = json.loads(found.get("/api/overview?run=one")[2])
+        for _ in range(100):
+            if view["read"] == 1:
+                break
+            time.sleep(0.1)
+            view = json.loads(found.get("/api/overview?run=one")[2])
+        assert (view["story"]["steps_done"], view["story"]["superseded_steps"]) == (60, 35)
 
 
 def test_only_names_of_runs_are_opened(server: Server, tmp_path: Path):
