@@ -89,8 +89,9 @@ class Column:
         """What was trained again later: one line per stretch that lost steps in this window."""
         step, stretch, value = self._window(first, last)
         lost = step >= self._limits(stretch, limits)
-        for number in np.unique(stretch[lost]):
-            own = lost & (stretch == number)
+        step, stretch, value = step[lost], stretch[lost], value[lost]
+        for number in np.unique(stretch):
+            own = stretch == number
             yield _trace(int(number), step[own], value[own], points)
 
     def _window(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
