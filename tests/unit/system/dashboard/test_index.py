@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from cluster.events import read_events
 from cluster.goodput import build_ledger
 from cluster.store import open_store
+from system.dashboard.alerts import alerts
 from system.dashboard.columns import Column, extremes
 from system.dashboard.index import RunIndex
 from system.dashboard.log_reader import LogReader
@@ -216,3 +217,25 @@ def test_what_is_no_event_of_ours_harms_nothing(tmp_path: Path):
     assert (live.steps, live.values) == ([1, 2], [None, 2.0])
     assert index.columns["loss"].not_finite == 1
     assert build_history("x", []).attempts == ()
+
+
+def test_alerts_fire_and_clear(tmp_path: Path):
+    log = Replay(tmp_path)
+    for attempt in range(1, 6):
+        log.start(attempt, resumed=10 * (attempt - 1) or None)
+        log.steps(attempt, 10 * attempt - 9, 10 * attempt)
+        log.put(attempt, "instant", "checkpoint_failed", step=10 * attempt, reason="no space")
+    log.flush()
+    index = read(tmp_path)
+
+    def names(now: float) -> list[str]:
+        return [alert.name.removeprefix("Maskclip") for alert in alerts(index, index.history(), now)]
+
+    assert names(log.now + 1) == ["RestartStorm", "CheckpointFailed"]
+    assert names(log.now + 700) == ["NoProgress", "RestartStorm"]
+    assert names(log.now + 7200) == ["NoProgress"]
+    assert names(log.now + 90_000) == []
+    log.end(5)
+    log.flush()
+    ended = read(tmp_path)
+    assert alerts(ended, ended.history(), log.now + 700) == []

@@ -1,5 +1,6 @@
 """Two runs side by side, what a run cost, and what went wrong with its cause."""
 
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -56,8 +57,8 @@ def test_every_alert_and_exit_code_is_in_the_runbook():
     root = Path(__file__).parents[4]
     runbook = (root / "docs/runbook.md").read_text("utf-8")
     source = Path(alerts.__file__).read_text("utf-8")
-    names = {part.partition('"')[0] for part in source.split('Alert("')[1:]}
-    assert len(names) == 10
+    names = set(re.findall(r'"(Maskclip\w+)"', source))
+    assert len(names) == 11
     assert {name for name in names if f"### {name}\n" not in runbook} == set()
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and hasattr(kind, "exit_code")]
     codes = {kind.exit_code for kind in kinds if issubclass(kind, errors.MaskClipError)}
