@@ -20,6 +20,7 @@ setup(
         "cluster": ["templates/*"],
         "data_pipeline.loading": ["assets/*"],
         "system.report": ["templates/*"],
+        "system.dashboard": ["static/*", "static/*/*"],
     },
     entry_points={"console_scripts": ["maskclip = system.cli:main"]},
     install_requires=[
@@ -50,6 +51,8 @@ setup(
         "rich>=13",
         "tenacity>=9",
         "jinja2>=3.1",
+        "starlette>=1.0,<2",
+        "uvicorn>=0.40,<1",
         "matplotlib>=3.9",
         "packaging>=24",
         "psutil>=6",
@@ -62,6 +65,8 @@ setup(
             "ruff>=0.17.6,<0.18",  # another minor version formats differently
             "pyright[nodejs]>=1.1.414",  # its Node.js comes as a wheel, so that the machine needs none
             "ministack>=1.5.33",
+            "playwright>=1.50,<2",  # drives the machine's own Chromium; downloads none
+            "axe-playwright-python>=0.1.6",  # holds axe-core
             # Weights and features are compared with these libraries themselves.
             "open_clip_torch>=3.3,<4",
             "transformers>=5.20,<6",

@@ -260,7 +260,10 @@ def _decode(line: bytes) -> dict[str, Any] | None:
     numbers = (event["t"], event["attempt"], event["seq"], event["rank"])
     if not all(isinstance(number, int | float) for number in numbers):
         return None
-    return {field: value if field in _HEADER else _from_json(value) for field, value in event.items()}
+    return {
+        field: value if isinstance(value, int | float) or field in _HEADER else _from_json(value)
+        for field, value in event.items()
+    }
 
 
 def _to_json(value: Any) -> Any:

@@ -122,6 +122,14 @@ def build_parser() -> argparse.ArgumentParser:
         [run],
         "system.commands:ReportConfig",
     )
+    command(
+        groups,
+        "dashboard",
+        commands.dashboard,
+        "live page of a run or of a folder of runs",
+        [("uri", "run folder, or a folder of them: local path or s3://bucket/prefix")],
+        "system.dashboard.serve:DashboardConfig",
+    )
     summary = "print a recipe as it would run, checked"
     command(groups, "config", commands.show_config, summary, [recipe], RECIPE)
     summary = "memory, time, bandwidth and checkpoints of a recipe on other machines"

@@ -40,6 +40,8 @@ class Result:
 class ReportConfig:
     output: str = "report.html"
     """Where the HTML page goes."""
+    compare: str | None = None
+    """Another run to show beside it: local path or s3://bucket/prefix."""
 
 
 @dataclass
@@ -165,11 +167,22 @@ def export(args: Args) -> Result:
 
 
 def report(args: Args) -> Result:
-    from system.report.report import load_run, summary, write_report
+    from system.report.report import summary, write_report
+    from system.report.story import load_run
 
     config = knobs(args, ReportConfig)
     record = load_run(open_store(args.run))
-    return Result(write_report(record, Path(config.output)), summary(record.history))
+    other = load_run(open_store(config.compare)) if config.compare else None
+    return Result(write_report(record, Path(config.output), other), summary(record, other))
+
+
+def dashboard(args: Args) -> Result:
+    from system.dashboard.serve import DashboardConfig, serve
+
+    config = knobs(args, DashboardConfig)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    serve(args.uri, config, lambda address: console.print(f"{args.uri} at {address}  (Ctrl-C ends it)"))
+    return Result({"uri": args.uri}, f"{args.uri}: the dashboard has ended")
 
 
 def show_config(args: Args) -> Result:

@@ -40,6 +40,8 @@ def train(config: TrainConfig) -> None:
                 precision=config.engine.precision,
                 resumed_step=resumed,
             )
+            if world.rank == 0:
+                events.instant("attempt_config", config=to_dict(config))
             with closing(loader.batches(trainer.steps_done, config.run.steps)) as batches:
                 trainer.fit(batches)
 

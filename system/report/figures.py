@@ -25,7 +25,7 @@ NUM_ATTEMPT_COLOURS = 6
 MAX_POINTS = 600
 
 _INK, _LINE, _KILL, _RESUME, _COMMIT = "#010101", "#020202", "#030303", "#040404", "#050505"
-_ATTEMPTS = tuple(f"#0a0a{index:02x}" for index in range(NUM_ATTEMPT_COLOURS))
+ATTEMPTS = tuple(f"#0a0a{index:02x}" for index in range(NUM_ATTEMPT_COLOURS))
 CLASS_COLOURS = tuple(f"#0b0b{index:02x}" for index in range(len(CLASSES)))
 """Of the classes of the goodput ledger, in their order."""
 _VARIABLES = {
@@ -34,7 +34,7 @@ _VARIABLES = {
     _KILL: "var(--kill)",
     _RESUME: "var(--resume)",
     _COMMIT: "var(--commit)",
-    **{colour: f"var(--attempt-{index})" for index, colour in enumerate(_ATTEMPTS)},
+    **{colour: f"var(--attempt-{index})" for index, colour in enumerate(ATTEMPTS)},
     **{colour: f"var(--class-{name})" for colour, name in zip(CLASS_COLOURS, CLASSES, strict=True)},
 }
 STYLE: dict[Any, Any] = {
@@ -156,11 +156,11 @@ def _draw_evaluations(lines: dict[tuple[str, str], dict[int, float]], dotted: fl
         figure = Figure(figsize=(3.7, 2.3), layout="constrained")
         axes = figure.add_subplot()
         for number, line in enumerate(lines.values()):
-            colour = _ATTEMPTS[number % NUM_ATTEMPT_COLOURS]
+            colour = ATTEMPTS[number % NUM_ATTEMPT_COLOURS]
             axes.plot(list(line), list(line.values()), color=colour, marker="o", markersize=3)
         if dotted is not None:
             axes.axhline(dotted, color=_INK, linestyle=":", linewidth=1)
-        _axes_of(axes, wide=False)
+        axes_of(axes, wide=False)
         return figure
 
 
@@ -190,15 +190,15 @@ def _draw(history: History, panel: Panel) -> Figure:
             records = own[attempt.number]
             live = [(r.step, float(r.values[panel.scalar])) for r in records if r.live]
             lost = [(r.step, float(r.values[panel.scalar])) for r in records if not r.live]
-            colour = _ATTEMPTS[attempt_colour(attempt.number)]
+            colour = ATTEMPTS[attempt_colour(attempt.number)]
             # The dashed line starts at the last live point, so that the two parts touch.
             _line(axes, live[-1:] + lost if lost else [], colour, linestyle=(0, (2, 1.6)), alpha=0.7)
             _line(axes, live, colour)
-        _axes_of(axes, panel.wide)
+        axes_of(axes, panel.wide)
         return figure
 
 
-def _axes_of(axes: Axes, wide: bool) -> None:
+def axes_of(axes: Axes, wide: bool) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if wide else 5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -8,7 +8,7 @@ if it counted.
 
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -231,16 +231,24 @@ def _facts(event: dict) -> dict[str, Any]:
     return {key: value for key, value in event.items() if key not in _ENVELOPE}
 
 
+def live_limits(first_steps: Mapping[int, int]) -> dict[int, float]:
+    """Of each attempt the step from which it no longer counts: where the first of all newer ones began.
+
+    `first_steps` is by attempt. One pass from the newest back.
+    """
+    limit: dict[int, float] = {}
+    bound = float("inf")
+    for attempt in sorted(first_steps, reverse=True):
+        limit[attempt] = bound
+        bound = min(bound, first_steps[attempt])
+    return limit
+
+
 def _mark_superseded(raw_steps: dict[tuple[int, int], dict]) -> tuple[StepRecord, ...]:
     first_step: dict[int, int] = {}
     for attempt, step in raw_steps:
         first_step[attempt] = min(step, first_step.get(attempt, step))
-    # An attempt's steps count up to the first step of any newer attempt: one pass from the newest back.
-    limit: dict[int, float] = {}
-    bound = float("inf")
-    for attempt in sorted(first_step, reverse=True):
-        limit[attempt] = bound
-        bound = min(bound, first_step[attempt])
+    limit = live_limits(first_step)
     records = [
         StepRecord(step, attempt, event["t"], _facts(event), live=step < limit[attempt])
         for (attempt, step), event in raw_steps.items()

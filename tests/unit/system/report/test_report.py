@@ -14,8 +14,8 @@ from cluster.errors import ConfigError, ObjectNotFound
 from cluster.events import EventLog
 from cluster.store import ObjectStore, open_store
 from system.report.figures import thin
-from system.report.history import load_history
-from system.report.report import load_run, summarise, summary, write_report
+from system.report.report import summary, write_report
+from system.report.story import load_run, summarise
 from system.run_folder import claim_run
 from tests.support.small_run import STEPS, run_config, write_events
 
@@ -121,7 +121,7 @@ def test_summary_is_json_and_the_terminal_shows_it(run: ObjectStore, tmp_path: P
     assert facts["evaluations"][0]["retrieval"]["image_to_text"]["r5"] == 0.5
     assert "pictures" not in facts["evaluations"][0]
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(summary(load_history(run)))
+    console.print(summary(load_run(run)))
     text = console.export_text()
     for words in ("Finished", "12 steps", "killed", "checkpoint 6", "7-12"):
         assert words in text
