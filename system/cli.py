@@ -125,6 +125,13 @@ def build_parser() -> argparse.ArgumentParser:
     command(groups, "config", commands.show_config, summary, [recipe], RECIPE)
     command(
         groups,
+        "render",
+        commands.render,
+        "write the configuration of what runs beside a training into a folder",
+        [("kind", "prometheus (with rules and Alertmanager) or grafana (dashboards)"), ("output", "folder")],
+    )
+    command(
+        groups,
         "doctor",
         commands.doctor,
         "check this machine, and a store if its URI is given",

@@ -140,7 +140,8 @@ def train_config(recipe: str, overrides: list[str]) -> "TrainConfig":
 
 def evaluate(args: Args) -> Result:
     from system.evaluation.evaluate import EvaluateConfig, evaluations
-    from system.evaluation.view import render, render_several
+    from system.evaluation.view import render as view
+    from system.evaluation.view import render_several
 
     config = knobs(args, EvaluateConfig)
     with progress_bar("encoded") as bar:
@@ -148,7 +149,7 @@ def evaluate(args: Args) -> Result:
             evaluations(args.run, config, lambda state: bar(state["done"], state["total"], state["stage"]))
         )
     data: Any = {"run": args.run, "results": results} if config.several else results[0]
-    text = render_several(results) if config.several else render(results[0])
+    text = render_several(results) if config.several else view(results[0])
     if config.output is not None:
         from system.evaluation.figures import write_scores
 
@@ -170,6 +171,16 @@ def report(args: Args) -> Result:
     config = knobs(args, ReportConfig)
     record = load_run(open_store(args.run))
     return Result(write_report(record, Path(config.output)), summary(record.history))
+
+
+def render(args: Args) -> Result:
+    from system.monitoring.render import KINDS
+    from system.monitoring.render import render as write
+
+    if args.kind not in KINDS:
+        raise ConfigError(f"{args.kind}: unknown kind; render one of {', '.join(KINDS)}")
+    written = [str(path) for path in write(args.kind, Path(args.output))]
+    return Result({"kind": args.kind, "written": written}, "\n".join(written))
 
 
 def show_config(args: Args) -> Result:

@@ -1,6 +1,6 @@
 """Recording and alert rules of Prometheus.
 
-Every rule has the label `run`. An alert's text says what to look at first; docs/metrics.md has the same table.
+All have the label `run`. An alert says what to look at first; docs/metrics.md has the same table.
 """
 
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ ALERTS = (
         wait="30m",
         severity="ticket",
         summary="less than 80 % of the last 30 minutes went into applied steps",
-        look="`maskclip_time_seconds_total` by class: data, checkpoints, evaluation, or none of them: restarts",
+        look="`maskclip_time_seconds_total` by class: data, checkpoints, evaluation, or none: restarts",
     ),
     Alert(
         name="MaskclipCheckpointTooOld",

@@ -59,7 +59,7 @@ def expressions(dashboard: dict[str, Any]) -> list[str]:
 
 def _curve(metric: Metric) -> tuple[str, str, str]:
     name = f'{metric.exported}{{run=~"$run"}}'
-    unit = _UNITS[metric.unit]
+    unit = _UNITS.get(metric.unit, "none")
     if metric.label is not None:
         return metric.name, f"sum by (run, {metric.label[0]}) (rate({name}[5m]))", "none"
     if metric.kind == "gauge":

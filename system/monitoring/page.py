@@ -25,7 +25,7 @@ def filled(page: str) -> str:
 
 
 def _metrics() -> str:
-    parts = []
+    parts, head = [], ("name", "event", "unit", "meaning", "look twice when")
     for group, metrics in GROUPS.items():
         rows = [(f"`{_name(metric)}`", _source(metric), metric.unit, *_text(metric)) for metric in metrics]
         parts.append(

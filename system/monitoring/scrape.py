@@ -1,4 +1,4 @@
-"""Configuration of Prometheus and Alertmanager for runs: a start that works, to be taken over into one's own."""
+"""Configuration of Prometheus and Alertmanager: a start that works, to be taken over into one's own."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ RULES_FILE = "maskclip.rules.yml"
 
 
 def prometheus_config() -> dict[str, Any]:
-    """Finds runs by the files that `telemetry.prometheus.targets` keeps, in the folder `targets` beside it."""
+    """Finds runs by what `telemetry.prometheus.targets` keeps, in the folder `targets` beside the file."""
     return {
         "global": {"scrape_interval": "15s", "evaluation_interval": "15s"},
         "rule_files": [RULES_FILE],
@@ -16,6 +16,7 @@ def prometheus_config() -> dict[str, Any]:
         "scrape_configs": [
             {
                 "job_name": JOB,
+                "honor_labels": True,  # the trainer names the run, and so does its target for `up`
                 "file_sd_configs": [{"files": ["targets/*.json"], "refresh_interval": "15s"}],
             }
         ],
@@ -23,7 +24,7 @@ def prometheus_config() -> dict[str, Any]:
 
 
 def alertmanager_config() -> dict[str, Any]:
-    """One notification for each run and alert; pages repeat hourly, tickets daily. The addresses are examples."""
+    """One notification for each run and alert; pages repeat hourly, tickets daily. Addresses are examples."""
     return {
         "route": {
             "receiver": "tickets",

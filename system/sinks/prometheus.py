@@ -26,8 +26,8 @@ class PrometheusConfig:
     """Address to listen at; 0.0.0.0 for a Prometheus on another machine. Whoever reaches it can read the
     numbers of the run, and nothing else."""
     targets: str = ""
-    """Folder for file_sd: RUN.json there names this process while it runs. A run that ends takes its file
-    away; one that is killed leaves it, so that alerts can tell the two apart. Empty: none."""
+    """Folder for Prometheus' file_sd: RUN.json there names this process. A run that finishes takes its file
+    away; one that fails or is killed leaves it, so that alerts can tell the two apart. Empty: none."""
     address: str = ""
     """Host name that `targets` names; empty: `host`."""
 
@@ -57,7 +57,7 @@ class PrometheusSink:
         self.port = self._server.server_port
         self._target = _announce(config, run, self.port) if config.targets else None
         self._metrics = by_event()
-        self._ended = False
+        self._finished = False
 
     def take(self, event: Event) -> None:
         with self._lock:
@@ -71,7 +71,7 @@ class PrometheusSink:
             if event["name"] == "step":
                 self._set("step_timestamp_seconds", event["t"])
                 self._step_times.observe(event["step_seconds"])
-        self._ended |= event["name"] == "attempt_ended"
+        self._finished |= event["name"] == "attempt_ended" and event["exit_code"] == 0
 
     def _set(self, name: str, value: float) -> None:
         self._values[f"{PREFIX}{name}", ""] = float(value)
@@ -100,7 +100,7 @@ class PrometheusSink:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
-        if self._target is not None and self._ended:
+        if self._target is not None and self._finished:
             self._target.unlink(missing_ok=True)
 
 
@@ -108,6 +108,7 @@ def _announce(config: PrometheusConfig, run: str, port: int) -> Path:
     target = Path(config.targets, f"{run}.json")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps([{"targets": [f"{config.address or config.host}:{port}"]}]))
+    place = f"{config.address or config.host}:{port}"
+    temporary.write_text(json.dumps([{"targets": [place], "labels": {"run": run}}]))
     temporary.replace(target)
     return target

@@ -1,5 +1,5 @@
-"""One rank that trains a few steps and writes what the log says of norms, and what they are: ``norms_worker.py
-RUN SETTINGS...``, where SETTINGS are JSON of the engine's section. Prints a line of JSON for each of them."""
+"""One rank that trains a few steps: ``norms_worker.py RUN SETTINGS...``, SETTINGS are JSON of the engine's
+section. Prints a line of JSON for each: what the log says of norms, and what the weights' are."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cluster.stop import StopRequest
 from cluster.store import open_store
 from cluster.world import World
 from model.config import preset
@@ -18,7 +19,6 @@ from system.console import Console
 from system.engine.collectives import DistributedCollectives
 from system.sinks.config import TelemetryConfig
 from system.trainer import Trainer
-from cluster.stop import StopRequest
 from tests.support.engine_worker import GLOBAL_BATCH, made_up_batch, share
 
 STEPS = 3
