@@ -48,6 +48,7 @@ setup(
         "jinja2>=3.1",
         "matplotlib>=3.9",
         "packaging>=24",
+        "prometheus_client>=0.22",
     ],
     extras_require={
         "dev": [
@@ -62,7 +63,16 @@ setup(
             "transformers>=5.20,<6",
             "torchvision",
             "pre-commit>=4",
+            # What the sinks talk to, and the types of Grafana's dashboards.
+            "tensorboard>=2.19",
+            "wandb>=0.21",
+            "opentelemetry-sdk>=1.30",
+            "opentelemetry-exporter-otlp-proto-http>=1.30",
+            "grafana-foundation-sdk>=1769699998!10.1.0,<1769699998!10.2",
         ],
+        "tensorboard": ["tensorboard>=2.19"],
+        "wandb": ["wandb>=0.21"],
+        "otel": ["opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"],
         # The kernels come with the CUDA build of torch and with xformers, required everywhere already: what a
         # GPU machine adds is the kernel compiler that torch's CUDA wheels name and other builds leave out.
         "gpu": ["triton>=3; platform_system == 'Linux'"],

@@ -7,15 +7,8 @@ from system.telemetry.metrics import GROUPS, Metric
 
 Panel = dict[str, Any]
 
-_UNITS = {
-    "s": "s",
-    "bytes": "bytes",
-    "0..1": "percentunit",
-    "-1..1": "none",
-    "1/s": "none",
-    "nats": "none",
-    "": "none",
-}
+_UNITS = {"s": "s", "bytes": "bytes", "0..1": "percentunit"}
+"""Ours to Grafana's; all others are plain numbers."""
 _WIDTH, _HEIGHT, _COLUMNS = 8, 7, 24
 _SOURCE = {"type": "prometheus", "uid": "${source}"}
 _OVERVIEW = (

@@ -28,9 +28,7 @@ def _metrics() -> str:
     parts, head = [], ("name", "event", "unit", "meaning", "look twice when")
     for group, metrics in GROUPS.items():
         rows = [(f"`{_name(metric)}`", _source(metric), metric.unit, *_text(metric)) for metric in metrics]
-        parts.append(
-            f"### {group}\n\n" + _table(("name", "event", "unit", "meaning", "look twice when"), rows)
-        )
+        parts.append(f"### {group}\n\n{_table(head, rows)}")
     return "\n\n".join(parts)
 
 

@@ -16,29 +16,32 @@ class TensorBoardConfig:
 
 
 class TensorBoardSink:
-    """One file per stretch of steps without a rewind.
+    """One event file per process.
 
-    A file begins with the step from which it replaces the ones before (`purge_step`); TensorBoard then shows
-    one value per step, and the superseded ones stay in the older files.
+    Where the run goes back, a mark of a new session says from which step on it replaces what was there.
+    TensorBoard then shows one value per step; the superseded ones stay in the files.
     """
 
     def __init__(self, config: TensorBoardConfig) -> None:
-        self._folder = config.folder
-        self._writer: Any = None
+        from torch.utils.tensorboard.writer import FileWriter
+
+        self._writer = FileWriter(config.folder)
         self._rewinds = Rewinds()
 
     def take(self, event: Event) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]  # generated
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto import event_pb2, summary_pb2
 
+        protos: Any = vars(event_pb2) | vars(summary_pb2)  # generated: no checker knows what is in there
         if event["name"] != "step":
             return
+        step = event["step"]
         if self._rewinds.begins(event):
-            self.close()
-            self._writer = SummaryWriter(self._folder, purge_step=event["step"])
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars_of(event).items()]
-        self._writer._get_file_writer().add_summary(Summary(value=values), event["step"])
+            self._writer.add_event(protos["Event"](file_version="brain.Event:2"), step)
+            start = protos["SessionLog"](status=protos["SessionLog"].START)
+            self._writer.add_event(protos["Event"](session_log=start), step)
+        values = scalars_of(event).items()
+        made = [protos["Summary"].Value(tag=name, simple_value=value) for name, value in values]
+        self._writer.add_summary(protos["Summary"](value=made), step)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        self._writer.close()
