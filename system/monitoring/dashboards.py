@@ -13,7 +13,7 @@ _WIDTH, _HEIGHT, _COLUMNS = 8, 7, 24
 _SOURCE = {"type": "prometheus", "uid": "${source}"}
 _OVERVIEW = (
     ("Steps left", "max by (run) (maskclip_steps_left)", "none"),
-    ("Time left", "max by (run) (maskclip_seconds_left)", "s"),
+    ("Time left", "max by (run) (maskclip_left_seconds)", "s"),
     ("Goodput, 30 min", "maskclip:goodput:ratio_30m", "percentunit"),
     ("Waiting for data, 10 min", "maskclip:data_wait:ratio_10m", "percentunit"),
     ("Median step", "maskclip:step_time_seconds:p50_5m", "s"),

@@ -68,7 +68,7 @@ class PanelSink:
         for name, value in self._lines(event):
             grid.add_row(name, value)
         bar = ProgressBar(total=self._total, completed=event["step"])
-        title = f"step {event['step']:,} of {self._total:,}, {_time(event['seconds_left'])} left"
+        title = f"step {event['step']:,} of {self._total:,}, {_time(event['left_seconds'])} left"
         return Panel(Group(bar, grid), title=title, title_align="left")
 
     def _lines(self, event: Event) -> list[tuple[str, str]]:

@@ -41,7 +41,8 @@ class PrometheusSink:
     def __init__(self, config: PrometheusConfig, run: str) -> None:
         import prometheus_client as client
 
-        self._values: dict[tuple[str, str], float] = {}
+        # Counters are there from the start: Prometheus sees no increase in what begins at 1.
+        self._values = {_key(metric): 0.0 for metric in METRICS if metric.kind == "counter"}
         self._lock = threading.Lock()
         self._run = run
         registry = client.CollectorRegistry()
@@ -65,8 +66,8 @@ class PrometheusSink:
             for metric in self._metrics.get(event["name"], ()):
                 value = metric.value(event)
                 if value is not None:
-                    key = (metric.exported, metric.label[1] if metric.label else "")
-                    before = self._values.get(key, 0.0) if metric.kind == "counter" else 0.0
+                    key = _key(metric)
+                    before = self._values[key] if metric.kind == "counter" else 0.0
                     self._values[key] = before + value
             if event["name"] == "step":
                 self._set("step_timestamp_seconds", event["t"])
@@ -82,7 +83,7 @@ class PrometheusSink:
             values = dict(self._values)
         families = {}
         for metric in METRICS:
-            value = values.get((metric.exported, metric.label[1] if metric.label else ""))
+            value = values.get(_key(metric))
             if value is not None:
                 family = families.setdefault(metric.exported, self._family(metric))
                 labels = [self._run, metric.label[1]] if metric.label else [self._run]
@@ -102,6 +103,11 @@ class PrometheusSink:
         self._server.server_close()
         if self._target is not None and self._finished:
             self._target.unlink(missing_ok=True)
+
+
+def _key(metric: Metric) -> tuple[str, str]:
+    """Name, and value of the label if it has one."""
+    return metric.exported, metric.label[1] if metric.label else ""
 
 
 def _announce(config: PrometheusConfig, run: str, port: int) -> Path:

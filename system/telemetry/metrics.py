@@ -297,7 +297,7 @@ STORE = (
 RUN = (
     Metric(name="step", meaning="applied steps of the run, so the first is 1"),
     Metric(name="steps_left", meaning="steps to `run.steps`; 0: the run is done"),
-    Metric(name="seconds_left", unit="s", meaning="time for them at the pace of the last 200 steps"),
+    Metric(name="left_seconds", unit="s", meaning="time for them at the pace of the last 200 steps"),
     Metric(name="steps", kind="counter", event="step", meaning="steps applied by this attempt"),
     Metric(
         name="steps_refused",

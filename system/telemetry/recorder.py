@@ -69,7 +69,7 @@ class StepRecorder:
             **{name: value for name, value in values.items() if value is not None},
             "slot": (step - 1) * self._batch,
             "steps_left": left,
-            "seconds_left": left * sum(self._wall_times) / len(self._wall_times),
+            "left_seconds": left * sum(self._wall_times) / len(self._wall_times),
             "pairs_per_second": self._batch / wall,
             "data_seconds": data_seconds,
             "step_seconds": step_seconds,

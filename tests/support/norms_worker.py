@@ -1,8 +1,9 @@
 """One rank that trains a few steps: ``norms_worker.py RUN SETTINGS...``, SETTINGS are JSON of the engine's
-section. Prints a line of JSON for each: what the log says of norms, and what the weights' are."""
+section. Writes RUN/0/found.json and so on: what the log says of norms, and what the weights' are."""
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,7 +64,8 @@ def main(run_uri: str, settings: dict[str, Any], world: World) -> None:
         }
     if world.rank == 0:
         steps = [event for event in logged if event["name"] == "step"]
-        print(json.dumps({"settings": settings, "steps": steps, "known": known}), flush=True)
+        found = {"settings": settings, "steps": steps, "known": known}
+        Path(run_uri, "found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
