@@ -15,6 +15,7 @@ class WandbConfig:
     mode: Literal["off", "offline", "online"] = "off"
     """offline writes to `folder`, for `wandb sync` later."""
     project: str = "maskclip"
+    """Project of the runs."""
     folder: str = "wandb"
     """Local folder of its files."""
 
