@@ -1,5 +1,6 @@
 """The sinks that a configuration asks for, fed from the event log of the first rank."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from system.sinks.prometheus import PrometheusSink
 from system.sinks.tensorboard import TensorBoardSink
 from system.sinks.wandb import WandbSink
 
+_log = logging.getLogger(__name__)
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "otel": "opentelemetry.exporter.otlp.proto.http"}
 
 
@@ -53,6 +55,8 @@ def open_sinks(
     `sink_failed`; what it has lost in the end, `sink_dropped`."""
 
     def trouble(name: str, reason: str) -> None:
+        # Not by way of the console, which opens after the sinks and may miss it.
+        _log.warning("%s fails, training goes on without it: %s", name, reason)
         events.instant("sink_failed", sink=name, reason=reason)
 
     feeds = [Feed(name, make, queue, trouble) for name, make in wanted.items()]

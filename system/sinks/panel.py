@@ -35,8 +35,6 @@ class PanelSink:
             self._console.print(event["text"], markup=False, soft_wrap=True)
         elif name == WARN:
             self._warn(event["text"])
-        elif name == "sink_failed":
-            self._warn(f"{event['sink']} fails, training goes on without it: {event['reason']}")
         elif name == "step_refused":
             self._refused += 1
         elif name == "step" and self._live is not None:
