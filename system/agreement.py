@@ -98,6 +98,8 @@ class Verdict:
     preempted: bool
     ids_digest: str
     """Hash of the (slot, sample id) pairs of the global batch; the same at any world size."""
+    work_seconds: tuple[float, ...]
+    """Of each rank, by rank: how long it has worked on the step before (`WorkClock`)."""
     others: tuple[int, ...] = ()
     """Sums over the ranks of what else they had to say."""
 
@@ -114,12 +116,15 @@ def agree(
     loss: torch.Tensor,
     batch: dict[str, torch.Tensor],
     stop_reason: str | None,
+    work_seconds: float,
     others: tuple[int, ...] = (),
 ) -> Verdict:
-    """One small all-reduce: non-finite loss anywhere? stop asked anywhere? which samples? And whatever else
-    `others` counts."""
+    """One small all-reduce: non-finite loss anywhere? stop asked anywhere? which samples? How long has each
+    rank worked? And whatever else `others` counts."""
     real = batch["weight"] > 0
     pairs = _mix(batch["id"][real] ^ _mix(batch["slot"][real]))
+    work = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    work[dist.get_rank()] = round(1e6 * work_seconds)
     votes = torch.stack(
         [
             (~torch.isfinite(loss.detach()).all()).to(torch.int64).cpu(),
@@ -128,11 +133,14 @@ def agree(
             pairs.sum().cpu(),
             *(torch.tensor(count) for count in others),
         ]
-    ).to(loss.device)
+    )
+    votes = torch.cat([votes, work]).to(loss.device)
     dist.all_reduce(votes)
     non_finite, interrupted, preempted, digest, *sums = votes.tolist()
     ids_digest = f"{digest & 0xFFFFFFFFFFFFFFFF:016x}"
-    return Verdict(non_finite, interrupted > 0, preempted > 0, ids_digest, tuple(sums))
+    counts, micros = sums[: len(others)], sums[len(others) :]
+    seconds = tuple(1e-6 * value for value in micros)
+    return Verdict(non_finite, interrupted > 0, preempted > 0, ids_digest, seconds, tuple(counts))
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

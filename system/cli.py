@@ -153,6 +153,13 @@ def build_parser() -> argparse.ArgumentParser:
         command(kinds, kind, batch_commands.render_job, what, [recipe], "cluster.render:JobConfig")
     command(
         groups,
+        "render",
+        commands.render,
+        "write the configuration of what runs beside a training into a folder",
+        [("kind", "prometheus (with rules and Alertmanager) or grafana (dashboards)"), ("output", "folder")],
+    )
+    command(
+        groups,
         "doctor",
         commands.doctor,
         "check this machine, and a store if its URI is given",

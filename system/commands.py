@@ -142,7 +142,8 @@ def train_config(recipe: str, overrides: list[str]) -> "TrainConfig":
 
 def evaluate(args: Args) -> Result:
     from system.evaluation.evaluate import EvaluateConfig, evaluations
-    from system.evaluation.view import render, render_several
+    from system.evaluation.view import render as view
+    from system.evaluation.view import render_several
 
     config = knobs(args, EvaluateConfig)
     with progress_bar("encoded") as bar:
@@ -150,7 +151,7 @@ def evaluate(args: Args) -> Result:
             evaluations(args.run, config, lambda state: bar(state["done"], state["total"], state["stage"]))
         )
     data: Any = {"run": args.run, "results": results} if config.several else results[0]
-    text = render_several(results) if config.several else render(results[0])
+    text = render_several(results) if config.several else view(results[0])
     if config.output is not None:
         from system.evaluation.figures import write_scores
 
@@ -183,6 +184,16 @@ def dashboard(args: Args) -> Result:
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     serve(args.uri, config, lambda address: console.print(f"{args.uri} at {address}  (Ctrl-C ends it)"))
     return Result({"uri": args.uri}, f"{args.uri}: the dashboard has ended")
+
+
+def render(args: Args) -> Result:
+    from system.monitoring.render import KINDS
+    from system.monitoring.render import render as write
+
+    if args.kind not in KINDS:
+        raise ConfigError(f"{args.kind}: unknown kind; render one of {', '.join(KINDS)}")
+    written = [str(path) for path in write(args.kind, Path(args.output))]
+    return Result({"kind": args.kind, "written": written}, "\n".join(written))
 
 
 def show_config(args: Args) -> Result:

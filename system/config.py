@@ -22,6 +22,7 @@ from model.config import ModelConfig, resolve
 from system.checkpoints.config import CheckpointConfig
 from system.evaluation.config import EvaluationConfig
 from system.recipe import apply_overrides, build_config, read_recipe
+from system.sinks.config import TelemetryConfig
 
 # Keys that may differ between the attempts of one run; everything else is the run's identity.
 FREE_KEYS = (
@@ -37,6 +38,7 @@ FREE_KEYS = (
     "engine.offload_parameters",
     "checkpoint",
     "evaluation",
+    "telemetry",
     "store",
 )
 
@@ -260,6 +262,7 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
 
 

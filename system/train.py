@@ -11,6 +11,7 @@ from cluster.world import World
 from system.agreement import lost_peers_named, same_on_all_ranks, stop_if_asked
 from system.build import build_trainer, open_event_log, process_group
 from system.config import TrainConfig, digest, to_dict
+from system.observe import open_telemetry
 
 
 def train(config: TrainConfig) -> None:
@@ -26,10 +27,11 @@ def train(config: TrainConfig) -> None:
         stop_if_asked(stop)
         run = open_store(config.run.uri, config.store)
         with (
-            open_event_log(run, world, config.run.event_seconds) as events,
+            open_event_log(run, world, config.run.event_seconds, config.telemetry) as events,
+            open_telemetry(config, world, events) as feeds,
             end_logged(events),
             lost_peers_named(stop),
-            build_trainer(config, world, run, events, stop) as (trainer, loader),
+            build_trainer(config, world, run, events, stop, feeds) as (trainer, loader),
         ):
             resumed = trainer.resume()
             stop_if_asked(stop)
@@ -39,6 +41,9 @@ def train(config: TrainConfig) -> None:
                 zero_stage=config.engine.zero_stage,
                 precision=config.engine.precision,
                 resumed_step=resumed,
+                dataset_samples=loader.num_samples,
+                dataset_shards=loader.num_shards,
+                dataset_rejects=loader.num_rejects,
             )
             if world.rank == 0:
                 events.instant("attempt_config", config=to_dict(config))

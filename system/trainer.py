@@ -7,27 +7,28 @@ attempt ends.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from cluster.errors import CheckpointIncompatible, Interrupted, NonFinite, Preempted, StorageUnavailable
 from cluster.events import EventLog
 from cluster.stop import StopRequest
 from data_pipeline.loading.loader import Batch
-from model.losses import Collectives
 from model.objective import Output
 from system.agreement import Verdict, agree
 from system.checkpoints.checkpointer import Checkpointer, SaveVotes
 from system.config import TrainConfig
 from system.console import Console
 from system.engine.accumulate import Accumulator
+from system.engine.collectives import DistributedCollectives
 from system.engine.engine import Engine, StepOutcome
+from system.engine.norms import TowerNorms
 from system.engine.teacher_state import ShardedTeacher
 from system.schedules import Scheduled, at
+from system.telemetry.recorder import Source, StepRecorder
 
 
 class Trainer:
@@ -36,18 +37,22 @@ class Trainer:
         config: TrainConfig,
         engine: Engine,
         teacher: ShardedTeacher,
-        comm: Collectives,
+        comm: DistributedCollectives,
         checkpointer: Checkpointer,
         events: EventLog,
         console: Console,
         stop: StopRequest,
         after_step: Callable[[int], None],
+        sources: Sequence[Source] = (),
     ) -> None:
-        """`after_step` is called with the number of applied steps once the step is done, by all ranks."""
+        """`after_step` is called with the number of applied steps once the step is done, by all ranks;
+        `sources` add to what the first rank records of a step."""
         self.config, self.after_step = config, after_step
         self.engine, self.teacher, self.comm = engine, teacher, comm
         self.accumulator = Accumulator(engine, config.engine.accumulation)
         self.checkpointer, self.events, self.console, self.stop = checkpointer, events, console, stop
+        self.recorder = StepRecorder(events, config, comm.size, sources)
+        self.norms = TowerNorms(engine, teacher, config.telemetry.norms_every)
         self.steps_done = 0
         self.refused_steps = 0
 
@@ -120,27 +125,29 @@ class Trainer:
     def step(self, batch: Batch, data_seconds: float) -> tuple[Verdict, StepOutcome]:
         """Forward, agree, backward, apply, teacher: one step of the run, or one counted refusal."""
         started = time.perf_counter()
-        batch = {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in batch.items()}
+        self.comm.clock.start(data_seconds)
+        placed = {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in batch.items()}
         scheduled = at(self.steps_done, self.config)
         output = self.accumulator.forward(
-            batch,
+            placed,
             teacher=self.teacher.module,
             teacher_temperature=scheduled.teacher_temperature,
             comm=self.comm,
         )
         votes = self.checkpointer.votes(self.steps_done + 1)
-        verdict = agree(output.loss, batch, self.stop.reason, astuple(votes))
+        verdict = agree(output.loss, placed, self.stop.reason, self.comm.clock.seconds, astuple(votes))
         outcome = StepOutcome(False, float("nan"))
         if verdict.non_finite_ranks:
             self.engine.discard(output.loss)
         else:
-            outcome = self.engine.step(output.loss, scheduled.lr)
+            outcome = self.engine.step(output.loss, scheduled.lr, self.norms.measurement(self.steps_done))
         if outcome.applied:
             self.teacher.update(
                 scheduled.momentum, output.centre_K, self.config.model.distill.centre_momentum
             )
             self.steps_done += 1
-            self.record(output, verdict, outcome, scheduled, data_seconds, time.perf_counter() - started)
+            times = {"data_seconds": data_seconds, "step_seconds": time.perf_counter() - started}
+            self.record(output, verdict, outcome, scheduled, batch, times)
         else:
             self.refuse(verdict, outcome, data_seconds, time.perf_counter() - started)
         return verdict, outcome
@@ -173,32 +180,25 @@ class Trainer:
         verdict: Verdict,
         outcome: StepOutcome,
         scheduled: Scheduled,
-        data_seconds: float,
-        step_seconds: float,
+        batch: Batch,
+        times: dict[str, float],
     ) -> None:
         """One scalar event per applied step; `step` counts applied steps, so the first is 1."""
+        tensors = {"loss": output.total, **output.terms, **output.metrics, **self.norms.collect()}
         if dist.get_rank() != 0:
             return
-        named = {"loss": output.total, **output.terms, **output.metrics}
-        values = dict(
-            zip(named, torch.stack([value.reshape(()) for value in named.values()]).tolist(), strict=True)
-        )
-        batch = self.config.data.global_batch
-        values |= {
+        values = {
             "lr": scheduled.lr,
             "teacher_momentum": scheduled.momentum,
+            "teacher_temperature": scheduled.teacher_temperature,
             "grad_norm": outcome.grad_norm,
-            "pairs_per_second": batch / (step_seconds + data_seconds),
-            "data_seconds": data_seconds,
-            "step_seconds": step_seconds,
+            "loss_scale": outcome.loss_scale,
+            "ids_digest": verdict.ids_digest,
             **self.checkpointer.gauges(),
         }
-        if outcome.loss_scale is not None:
-            values["loss_scale"] = outcome.loss_scale
-        self.events.scalar(
-            self.steps_done, slot=(self.steps_done - 1) * batch, ids_digest=verdict.ids_digest, **values
+        recorded = self.recorder.record(
+            self.steps_done, tensors, values, verdict.work_seconds, batch["tokens"], **times
         )
-        self.console.step(self.steps_done, values)
-        problem = self.checkpointer.check_first_loss(self.steps_done, values["loss"])
+        problem = self.checkpointer.check_first_loss(self.steps_done, recorded["loss"])
         if problem:
             self.console.warn(problem)

@@ -1,9 +1,9 @@
 """What happened in a run, read from its event log and from nothing else.
 
 An attempt is one start of the trainer. A step can stand in the log several times: an attempt that was killed
-after step 130 and resumed from the checkpoint of step 100 trains 101-130 again. The newest attempt wins from
-its first step on; what older attempts did at or after that step is superseded: kept, marked, never drawn as
-if it counted.
+after step 130 and resumed from the checkpoint of step 100 trains 101-130 again. The newest value wins from
+its step on; what was logged before it at or after that step is superseded: kept, marked, never drawn as if it
+counted.
 """
 
 import os
@@ -28,7 +28,7 @@ class StepRecord:
     values: dict[str, Any]
     """The scalars of the step: loss and its terms, lr, grad_norm, pairs_per_second, ..."""
     live: bool
-    """False if a newer attempt trained this step, or an earlier one, again."""
+    """False if this step, or an earlier one, was trained again later."""
 
 
 @dataclass(frozen=True)
@@ -187,15 +187,14 @@ def build_history(uri: str, events: Iterable[dict]) -> History:
     for event in events:
         if event.get("attempt", 0) > 0:
             by_attempt.setdefault(event["attempt"], []).append(event)
-    raw_steps = {
-        (event["attempt"], event["step"]): event
+    steps = _mark_superseded(
+        event
         for event in events
         if event.get("attempt", 0) > 0
         and event["kind"] == "scalar"
         and event["name"] == "step"
         and event["rank"] == 0
-    }
-    steps = _mark_superseded(raw_steps)
+    )
     steps_of: dict[int, list[StepRecord]] = {number: [] for number in by_attempt}
     for record in steps:
         steps_of[record.attempt].append(record)
@@ -244,15 +243,15 @@ def live_limits(first_steps: Mapping[int, int]) -> dict[int, float]:
     return limit
 
 
-def _mark_superseded(raw_steps: dict[tuple[int, int], dict]) -> tuple[StepRecord, ...]:
-    first_step: dict[int, int] = {}
-    for attempt, step in raw_steps:
-        first_step[attempt] = min(step, first_step.get(attempt, step))
-    limit = live_limits(first_step)
-    records = [
-        StepRecord(step, attempt, event["t"], _facts(event), live=step < limit[attempt])
-        for (attempt, step), event in raw_steps.items()
-    ]
+def _mark_superseded(events: Iterable[dict]) -> tuple[StepRecord, ...]:
+    """A step's event counts unless a later one has the same step or a lower one: then the run had gone back
+    before it. So each step has at most one live value, over restarts and rewinds within an attempt alike."""
+    records, lowest = [], float("inf")
+    for event in sorted(events, key=lambda event: (event["attempt"], event["seq"]), reverse=True):
+        step = event["step"]
+        records.append(StepRecord(step, event["attempt"], event["t"], _facts(event), live=step < lowest))
+        lowest = min(lowest, step)
+    records.reverse()  # what was later stays later among equal steps
     return tuple(sorted(records, key=lambda record: (record.step, record.attempt)))
 
 
