@@ -23,11 +23,14 @@ from tests.support.runs import instants, live_steps
 from tests.support.troubled_proxy import EXPIRED, UNAVAILABLE, TroubledProxy
 
 KILLED = -9
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def rig(run: Path | str, *attempts: str, endpoint: str | None = None, **config: object) -> list[dict]:
     """Attempts of one run, 12 steps, a save every 4; see `save_rig`. `endpoint` is in place of the server."""
-    environment = os.environ | ({"AWS_ENDPOINT_URL": endpoint} if endpoint else {})
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if endpoint:
+        environment |= {"AWS_ENDPOINT_URL": endpoint}
     settings = {"every_steps": 4, **config}
     argv = [sys.executable, save_rig.__file__, str(run), json.dumps(settings), *attempts]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=280, check=False, env=environment)
