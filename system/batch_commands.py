@@ -26,6 +26,14 @@ def render_job(args: Args) -> Result:
     return Result({"kind": args.kind, "written": job.output}, f"written: {job.output}")
 
 
+def render_monitoring(args: Args) -> Result:
+    """`maskclip render KIND FOLDER`: the configuration of what watches a training."""
+    from system.monitoring.render import render
+
+    written = [str(path) for path in render(args.kind, Path(args.output))]
+    return Result({"kind": args.kind, "written": written}, "\n".join(written))
+
+
 def plan(args: Args) -> Result:
     """`maskclip plan RECIPE`: before anything is started."""
     from system.config import load_train_recipe

@@ -142,7 +142,7 @@ def build_parser() -> argparse.ArgumentParser:
         [("run?", "run folder: local path or s3://bucket/prefix; none: give all costs")],
         "system.planning.simulation:SimulateConfig",
     )
-    kinds = groups.add_parser("render", help="the job file of a recipe").add_subparsers(
+    kinds = groups.add_parser("render", help="files for what runs a training or watches it").add_subparsers(
         dest="kind", required=True, metavar="KIND", parser_class=_Parser
     )
     for kind, what in (
@@ -151,13 +151,12 @@ def build_parser() -> argparse.ArgumentParser:
         ("ray-up", "cluster file for `ray up`"),
     ):
         command(kinds, kind, batch_commands.render_job, what, [recipe], "cluster.render:JobConfig")
-    command(
-        groups,
-        "render",
-        commands.render,
-        "write the configuration of what runs beside a training into a folder",
-        [("kind", "prometheus (with rules and Alertmanager) or grafana (dashboards)"), ("output", "folder")],
-    )
+    folder = ("output", "folder for the files")
+    for kind, what in (
+        ("prometheus", "scrape configuration, alert rules and Alertmanager"),
+        ("grafana", "dashboards and their provisioning"),
+    ):
+        command(kinds, kind, batch_commands.render_monitoring, what, [folder])
     command(
         groups,
         "doctor",

@@ -186,16 +186,6 @@ def dashboard(args: Args) -> Result:
     return Result({"uri": args.uri}, f"{args.uri}: the dashboard has ended")
 
 
-def render(args: Args) -> Result:
-    from system.monitoring.render import KINDS
-    from system.monitoring.render import render as write
-
-    if args.kind not in KINDS:
-        raise ConfigError(f"{args.kind}: unknown kind; render one of {', '.join(KINDS)}")
-    written = [str(path) for path in write(args.kind, Path(args.output))]
-    return Result({"kind": args.kind, "written": written}, "\n".join(written))
-
-
 def show_config(args: Args) -> Result:
     import yaml
 
