@@ -181,7 +181,7 @@ from pathlib import Path
 from cluster.ray_tasks import ray_session
 from data_pipeline.job.selection import select_rows
 from tests.support.staged_set import planted
-from tests.unit.data_pipeline.test_selection import ALL, GLOBAL
+from tests.unit.data_pipeline.job.test_selection import ALL, GLOBAL
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     with ray_session(4):

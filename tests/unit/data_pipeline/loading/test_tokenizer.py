@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from data_pipeline.loading import tokenizer as tokenizer_module
 from data_pipeline.loading.tokenizer import EOT, SOT, Tokenizer, load_merges
 
-GOLDEN = Path(__file__).parents[2] / "data" / "clip_tokens.json"
+GOLDEN = Path(__file__).parents[3] / "data" / "clip_tokens.json"
 CONTRACTIONS = ("s", "t", "re", "ve", "m", "ll", "d")
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
