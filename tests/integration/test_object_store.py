@@ -8,7 +8,7 @@ from tests.integration.conftest import preprocess_to
 from tests.support.runs import instants, live_steps, maskclip, train, train_until_killed, write_recipe
 
 
-def test_main_job_on_s3(tmp_path, any_s3, train_data, eval_data):
+def test_main_job_on_s3(tmp_path, any_s3, undisturbed_run, eval_data):
     recipe = write_recipe(tmp_path)
     data, run = f"{any_s3}/data", f"{any_s3}/runs/one"
     assert preprocess_to(data, "train", 3, tmp_path) == 0
@@ -18,9 +18,7 @@ def test_main_job_on_s3(tmp_path, any_s3, train_data, eval_data):
     assert committed_steps(open_store(run)) == [4, 8, 12]
     assert [event["resumed_step"] for event in instants(run, "attempt_started")] == [None, 4]
 
-    undisturbed = tmp_path / "local"
-    train(recipe, undisturbed, train_data)
-    ours, theirs = live_steps(run), live_steps(undisturbed)
+    ours, theirs = live_steps(run), live_steps(undisturbed_run)
     assert {step: ours[step]["loss"] for step in ours} == {step: theirs[step]["loss"] for step in theirs}
 
     verified = maskclip("checkpoint", "verify", run, "--json")
