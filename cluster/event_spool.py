@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import threading
 import time
 from pathlib import Path
 
 from cluster.store_base import ObjectStore, checked_key
+from cluster.store_local import write_whole
 
 _RETRY_SECONDS = 2.0
 _CLOSE_SECONDS = 10.0
@@ -47,17 +47,7 @@ class Spool:
         """
         if sum(path.stat().st_size for path in self.waiting()) + len(data) > self._limit:
             raise SpoolFull(f"{self._root}: {self._limit} bytes of events wait for {self._store.uri}")
-        target = self._root / checked_key(key)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_suffix(".tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(self._root / checked_key(key), lambda out: out.write(data))
         self._wake.set()
 
     def waiting(self) -> list[Path]:

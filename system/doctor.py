@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 from cluster.errors import MaskClipError
 from cluster.store import ObjectStore, StoreConfig, open_store
 from model.attention import resolve_backend
-from system.gpu_health import gpu_problems
+from system.gpu_health import QUERY, reported, wrong_sums
 
 DISTRIBUTION = "maskclip"
 SUPPORTED_PYTHON = ((3, 11), (3, 12))
@@ -152,7 +152,8 @@ def _torch() -> list[Check]:
 def _gpu_health() -> list[Check]:
     if not torch.cuda.is_available():
         return []
-    problems = gpu_problems()
+    driver = _run(QUERY, seconds=30)
+    problems = wrong_sums() | ({} if isinstance(driver, str) else reported(driver.stdout))
     if not problems:
         return [Check("gpu health", "ok", "no memory errors, no throttling, products repeat to the bit")]
     detail = "; ".join(f"GPU {index}: {found}" for index, found in problems.items())

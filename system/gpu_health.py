@@ -1,21 +1,19 @@
 """Are the GPUs of this machine sound: memory errors, throttling, and sums that come out the same."""
 
-import shutil
-import subprocess
-
 import torch
 
-_QUERY = "index,ecc.errors.uncorrected.volatile.total,clocks_throttle_reasons.hw_slowdown"
-_SECONDS = 30
+QUERY = [
+    "nvidia-smi",
+    "--query-gpu=index,ecc.errors.uncorrected.volatile.total,clocks_throttle_reasons.hw_slowdown",
+    "--format=csv,noheader",
+]
+"""The command whose answer `reported` reads."""
 _SIDE, _REPEATS = 4096, 8
 
 
-def gpu_problems() -> dict[int, str]:
-    """What is wrong, by number of the device; empty where all are sound or there is none."""
-    if not torch.cuda.is_available():
-        return {}
-    problems = {index: found for index in range(torch.cuda.device_count()) if (found := _wrong_sums(index))}
-    return problems | reported(_driver_says())
+def wrong_sums() -> dict[int, str]:
+    """What is wrong with products, by number of the device; empty where all are sound or there is none."""
+    return {index: found for index in range(torch.cuda.device_count()) if (found := _wrong_sums(index))}
 
 
 def _wrong_sums(index: int) -> str | None:
@@ -28,17 +26,6 @@ def _wrong_sums(index: int) -> str | None:
     first = a @ b
     wrong = sum(not torch.equal(a @ b, first) for _ in range(_REPEATS))
     return f"{wrong} of {_REPEATS} products differ from the first" if wrong else None
-
-
-def _driver_says() -> str:
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return ""
-    words = [command, f"--query-gpu={_QUERY}", "--format=csv,noheader"]
-    try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
 
 
 def reported(lines: str) -> dict[int, str]:

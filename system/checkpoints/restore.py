@@ -156,11 +156,11 @@ class _Loading:
         if problems:
             return problems
         reader = FragmentReader(source, self._manifest, [index for part, _ in found for index in part])
-        runs, targets = zip(*self._state.targets(), strict=True) if self._state.targets() else ((), ())
+        held = self._state.targets()
         misfit: CheckpointIncompatible | None = None
         wanted: dict[str, list[Range]] = {}
         try:
-            wanted = reader.ranges(list(runs), list(targets))
+            wanted = reader.ranges([run for run, _ in held], [target for _, target in held])
         except CheckpointIncompatible as error:  # unless a damaged header says so
             misfit = error
         from_store = {

@@ -33,6 +33,11 @@ class Fragment:
     def length(self) -> int:
         return self.state["master"].numel()
 
+    def saved(self, flat: torch.Tensor) -> torch.Tensor:
+        """Of values [length] of this fragment the part that no other rank counts, as a view."""
+        first = self.saved_start - self.start
+        return flat[first : first + self.saved_length]
+
 
 def replicated_masters(module: nn.Module, optimizer) -> dict[str, torch.Tensor]:
     """ZeRO stage 0: parameter name -> its fp32 master, whole on every rank.

@@ -40,7 +40,7 @@ class TowerNorms:
         if self._gradients_T is None:
             return {}
         gradients_T, self._gradients_T = self._gradients_T, None
-        weights = ((f, _saved(f, f.state["master"])) for f in self._engine.fragments)
+        weights = ((f, f.saved(f.state["master"])) for f in self._engine.fragments)
         weights_T = _squares_T(weights, self._engine.device)
         sums = torch.cat([gradients_T, weights_T, self._overlap_3()])
         dist.all_reduce(sums)
@@ -55,16 +55,10 @@ class TowerNorms:
         """Of the shared parameters: student times teacher, and the squares of both."""
         sums = torch.zeros(3, dtype=torch.float64, device=self._engine.device)
         for fragment, master in zip(self._teacher.held, self._teacher.masters, strict=True):
-            student, teacher = _saved(fragment, fragment.state["master"]), _saved(fragment, master)
+            student, teacher = fragment.saved(fragment.state["master"]), fragment.saved(master)
             parts = torch.stack([student @ teacher, student @ student, teacher @ teacher])
             sums += parts.to(sums.device, torch.float64, non_blocking=True)
         return sums
-
-
-def _saved(fragment: Fragment, flat: Tensor) -> Tensor:
-    """The part that no other rank counts."""
-    start = fragment.saved_start - fragment.start
-    return flat[start : start + fragment.saved_length]
 
 
 def _squares_T(pairs: Iterable[tuple[Fragment, Tensor]], device: torch.device) -> Tensor:
