@@ -22,7 +22,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
@@ -32,6 +32,8 @@ from cluster.errors import ObjectNotFound
 from cluster.store_base import ObjectStore
 
 _HEADER = ("t", "attempt", "rank", "seq", "kind", "name")
+ENVELOPE = frozenset({*_HEADER, "step"})
+"""What an event says of where and when it was; all else is what it is about."""
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _SEGMENT_EVENTS = 20_000
 _CLOSE_SECONDS = 15.0
@@ -303,3 +305,23 @@ def _from_json(value: Any) -> Any:
     if isinstance(value, list):
         return [_from_json(item) for item in value]
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def by_attempt(events: Iterable[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    """The events of each attempt, in their order; what belongs to none is left out."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for event in events:
+        if event.get("attempt", 0) > 0:
+            found.setdefault(event["attempt"], []).append(event)
+    return found
+
+
+def live_limits(firsts: Sequence[float]) -> list[float]:
+    """The one rule of what still counts. `firsts` are the lowest steps of stretches of training, oldest first;
+    of each, the step from which it no longer counts: the lowest one that any newer stretch has begun with."""
+    limits: list[float] = []
+    bound = float("inf")
+    for first in reversed(firsts):
+        limits.append(bound)
+        bound = min(bound, first)
+    return limits[::-1]

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from cluster.events import by_attempt, live_limits
+
 Class = Literal[
     "productive",
     "data_wait",
@@ -119,19 +121,15 @@ class Ledger:
 
 def build_ledger(events: Iterable[Event]) -> Ledger:
     """The ledger of a run; `events` as `cluster.events.read_events` returns them."""
-    by_attempt: dict[int, list[Event]] = {}
-    for event in events:
-        if event.get("attempt", 0) > 0:
-            by_attempt.setdefault(event["attempt"], []).append(event)
-    histories = [_AttemptEvents(number, found) for number, found in sorted(by_attempt.items())]
+    histories = [_AttemptEvents(number, found) for number, found in sorted(by_attempt(events).items())]
     histories = [history for history in histories if history.own]
     if not histories:
         return Ledger(0.0, (), ())
-    counts_until = _first_repeated_step(histories)
+    limits = live_limits([history.goes_back_to for history in histories])
     shifts = _shifts(histories)
     lines = [
-        history.stretches(counts_until[history.number], shift)
-        for history, shift in zip(histories, shifts, strict=True)
+        history.stretches(limit, shift)
+        for history, limit, shift in zip(histories, limits, shifts, strict=True)
     ]
     whole = _newest_wins(lines)
     start = whole[0].start
@@ -162,10 +160,12 @@ class _AttemptEvents:
         return next((event for event in self.own if event["name"] == name), {})
 
     @property
-    def resumed_step(self) -> int | None:
-        """The step it goes on from; None if it did not come so far."""
-        started = self._named("attempt_started")
-        return (started.get("resumed_step") or 0) if started else None
+    def goes_back_to(self) -> float:
+        """The first step that it trained, or will train; infinite if it did not come so far."""
+        firsts = [event["step"] for event in self.steps]
+        if started := self._named("attempt_started"):
+            firsts.append((started.get("resumed_step") or 0) + 1)
+        return min(firsts, default=float("inf"))
 
     def stretches(self, counts_until: float, shift: float) -> list[Stretch]:
         """From its process's start to its last event, without gap; steps from `counts_until` on are lost.
@@ -213,19 +213,6 @@ def _measured(event: Event, counts_until: float) -> list[tuple[float, float, Cla
         return [(asked, began, "data_wait"), (began, t, "productive")]
     kind = _SPANS.get(event["name"])
     return [(t - event.get("seconds", 0.0), t, kind)] if kind else []
-
-
-def _first_repeated_step(histories: Sequence[_AttemptEvents]) -> dict[int, float]:
-    """By attempt: the first step that a newer attempt trained again, or goes back before."""
-    limits: dict[int, float] = {}
-    bound = float("inf")
-    for history in reversed(histories):
-        limits[history.number] = bound
-        firsts = [event["step"] for event in history.steps]
-        if history.resumed_step is not None:
-            firsts.append(history.resumed_step + 1)
-        bound = min([bound, *firsts])
-    return limits
 
 
 def _shifts(histories: Sequence[_AttemptEvents]) -> list[float]:

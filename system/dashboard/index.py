@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
+from cluster.events import ENVELOPE, live_limits
 from system.dashboard.columns import Column, Trace
 from system.dashboard.ranks import RankGrid
 from system.dashboard.step_times import StepTimes
-from system.report.history import History, build_history, live_limits
+from system.report.history import History, build_history
 
 MOST_SCALARS = 120
 MOST_MARKS = 5_000
@@ -17,7 +18,6 @@ MOST_MARKS = 5_000
 _ALWAYS = ("attempt_opened", "attempt_started", "attempt_ended", "attempt_config")
 _PER_RANK = ("checkpoint_part", "rank_times")
 _NUMBERS = (float, int)
-_ENVELOPE = frozenset({"t", "attempt", "rank", "seq", "kind", "name", "step"})
 
 
 @dataclass
@@ -83,7 +83,7 @@ class RunIndex:
     def _add_steps(self, events: list[dict[str, Any]]) -> None:
         for stretch, group in itertools.groupby(events, key=self._stretch):
             own = list(group)
-            for name in set().union(*own) - _ENVELOPE:
+            for name in set().union(*own) - ENVELOPE:
                 holders = [event for event in own if event.get(name).__class__ in _NUMBERS]
                 if holders and (name in self.columns or len(self.columns) < MOST_SCALARS):
                     steps = [event["step"] for event in holders]
@@ -113,8 +113,8 @@ class RunIndex:
     def limits(self) -> dict[int, float]:
         """Of each stretch, by number, the step from which a newer one counts."""
         ordered = [stretch for _, own in sorted(self._stretches.items()) for stretch in own]
-        limits = live_limits({place: stretch.first["step"] for place, stretch in enumerate(ordered)})
-        return {stretch.number: limits[place] for place, stretch in enumerate(ordered)}
+        limits = live_limits([stretch.first["step"] for stretch in ordered])
+        return {stretch.number: limit for stretch, limit in zip(ordered, limits, strict=True)}
 
     @property
     def last_step(self) -> dict[str, Any] | None:
@@ -172,7 +172,7 @@ def facts(event: dict[str, Any]) -> dict[str, Any]:
     return {
         name: None if isinstance(value, float) and not isfinite(value) else value
         for name, value in event.items()
-        if name not in _ENVELOPE
+        if name not in ENVELOPE
     }
 
 

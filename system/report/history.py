@@ -8,13 +8,21 @@ counted.
 
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
 from cluster.errors import Hang, MaskClipError, ObjectNotFound
-from cluster.events import decode_events, newest_attempt, read_claim, read_events
+from cluster.events import (
+    ENVELOPE,
+    by_attempt,
+    decode_events,
+    live_limits,
+    newest_attempt,
+    read_claim,
+    read_events,
+)
 from cluster.goodput import Ledger, build_ledger
 from cluster.store import ObjectStore
 
@@ -183,10 +191,7 @@ def last_words(run: ObjectStore, attempt: int) -> LastWords:
 def build_history(uri: str, events: Iterable[dict]) -> History:
     """Pure part of `load_history`; `events` are sorted by (attempt, t, seq)."""
     events = list(events)
-    by_attempt: dict[int, list[dict]] = {}
-    for event in events:
-        if event.get("attempt", 0) > 0:
-            by_attempt.setdefault(event["attempt"], []).append(event)
+    attempts = by_attempt(events)
     steps = _mark_superseded(
         event
         for event in events
@@ -195,14 +200,12 @@ def build_history(uri: str, events: Iterable[dict]) -> History:
         and event["name"] == "step"
         and event["rank"] == 0
     )
-    steps_of: dict[int, list[StepRecord]] = {number: [] for number in by_attempt}
+    steps_of: dict[int, list[StepRecord]] = {number: [] for number in attempts}
     for record in steps:
         steps_of[record.attempt].append(record)
     return History(
         uri=uri,
-        attempts=tuple(
-            _attempt(number, by_attempt[number], steps_of[number]) for number in sorted(by_attempt)
-        ),
+        attempts=tuple(_attempt(number, attempts[number], steps_of[number]) for number in sorted(attempts)),
         steps=steps,
         checkpoints=_marks(events, "checkpoint_committed"),
         refusals=_marks(events, "step_refused"),
@@ -223,35 +226,21 @@ _INCIDENTS = (
     "evaluation_failed",
     "events_dropped",
 )
-_ENVELOPE = frozenset({"t", "attempt", "rank", "seq", "kind", "name", "step"})
 
 
 def _facts(event: dict) -> dict[str, Any]:
-    return {key: value for key, value in event.items() if key not in _ENVELOPE}
-
-
-def live_limits(first_steps: Mapping[int, int]) -> dict[int, float]:
-    """Of each attempt the step from which it no longer counts: where the first of all newer ones began.
-
-    `first_steps` is by attempt. One pass from the newest back.
-    """
-    limit: dict[int, float] = {}
-    bound = float("inf")
-    for attempt in sorted(first_steps, reverse=True):
-        limit[attempt] = bound
-        bound = min(bound, first_steps[attempt])
-    return limit
+    return {key: value for key, value in event.items() if key not in ENVELOPE}
 
 
 def _mark_superseded(events: Iterable[dict]) -> tuple[StepRecord, ...]:
     """A step's event counts unless a later one has the same step or a lower one: then the run had gone back
     before it. So each step has at most one live value, over restarts and rewinds within an attempt alike."""
-    records, lowest = [], float("inf")
-    for event in sorted(events, key=lambda event: (event["attempt"], event["seq"]), reverse=True):
-        step = event["step"]
-        records.append(StepRecord(step, event["attempt"], event["t"], _facts(event), live=step < lowest))
-        lowest = min(lowest, step)
-    records.reverse()  # what was later stays later among equal steps
+    ordered = sorted(events, key=lambda event: (event["attempt"], event["seq"]))
+    limits = live_limits([event["step"] for event in ordered])
+    records = [
+        StepRecord(event["step"], event["attempt"], event["t"], _facts(event), live=event["step"] < limit)
+        for event, limit in zip(ordered, limits, strict=True)
+    ]
     return tuple(sorted(records, key=lambda record: (record.step, record.attempt)))
 
 
