@@ -317,8 +317,11 @@ def by_attempt(events: Iterable[dict[str, Any]]) -> dict[int, list[dict[str, Any
 
 
 def live_limits(firsts: Sequence[float]) -> list[float]:
-    """The one rule of what still counts. `firsts` are the lowest steps of stretches of training, oldest first;
-    of each, the step from which it no longer counts: the lowest one that any newer stretch has begun with."""
+    """The one rule of what still counts: a stretch of training does up to where a newer one began.
+
+    `firsts` are the lowest steps of the stretches, oldest first. Returns the step of each from which it no
+    longer counts.
+    """
     limits: list[float] = []
     bound = float("inf")
     for first in reversed(firsts):

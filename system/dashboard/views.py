@@ -49,7 +49,7 @@ def overview(follower: Follower) -> dict[str, Any]:
             "scalars": sorted(index.columns),
             "not_finite": {n: c.not_finite for n, c in index.columns.items() if c.not_finite},
             "counts": dict(index.counts),
-            "alerts": [vars(alert) for alert in alerts(index, history, now)],
+            "alerts": [{**vars(alert), "level": alert.level} for alert in alerts(index, history, now)],
             "checkpoints": _checkpoints(index),
             "position": _position(index, follower.config),
             "changes": config_changes(index.marks("attempt_config")),

@@ -4,7 +4,20 @@ All have the label `run`. An alert says what to look at first; docs/metrics.md h
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+from system.monitoring.thresholds import (
+    FEW_CODEWORDS,
+    FULL_DISK,
+    LEARNT_STEPS,
+    LOW_GOODPUT,
+    OLD_SAVE_SECONDS,
+    QUIET_SECONDS,
+    REFUSALS,
+    RESTARTS,
+    SLOW_RANK,
+    WAITING_SHARE,
+)
 
 JOB = "maskclip"
 
@@ -23,7 +36,7 @@ class Alert:
     expr: str
     wait: str
     """How long it must hold (Prometheus' `for`)."""
-    severity: str
+    severity: Literal["page", "ticket"]
     """page: somebody shall look now. ticket: within the day."""
     summary: str
     look: str
@@ -66,7 +79,7 @@ ALERTS = (
     ),
     Alert(
         name="MaskclipNoProgress",
-        expr="(time() - max by (run) (maskclip_step_timestamp_seconds) > 600) and on (run) "
+        expr=f"(time() - max by (run) (maskclip_step_timestamp_seconds) > {QUIET_SECONDS}) and on (run) "
         "max by (run) (maskclip_steps_left) > 0",
         wait="1m",
         severity="page",
@@ -75,7 +88,7 @@ ALERTS = (
     ),
     Alert(
         name="MaskclipGoodputLow",
-        expr="maskclip:goodput:ratio_30m < 0.8",
+        expr=f"maskclip:goodput:ratio_30m < {LOW_GOODPUT}",
         wait="30m",
         severity="ticket",
         summary="less than 80 % of the last 30 minutes went into applied steps",
@@ -83,7 +96,7 @@ ALERTS = (
     ),
     Alert(
         name="MaskclipCheckpointTooOld",
-        expr="max by (run) (maskclip_durable_age_seconds) > 7200",
+        expr=f"max by (run) (maskclip_durable_age_seconds) > {OLD_SAVE_SECONDS}",
         wait="5m",
         severity="page",
         summary="the newest durable state is older than two hours",
@@ -99,7 +112,7 @@ ALERTS = (
     ),
     Alert(
         name="MaskclipStepsRefused",
-        expr="sum by (run) (increase(maskclip_steps_refused_total[10m])) > 5",
+        expr=f"sum by (run) (increase(maskclip_steps_refused_total[10m])) > {REFUSALS}",
         wait="0m",
         severity="page",
         summary="losses or gradients are not finite",
@@ -107,7 +120,8 @@ ALERTS = (
     ),
     Alert(
         name="MaskclipCodewordCollapse",
-        expr="max by (run) (maskclip_codeword_use) < 0.02 and on (run) max by (run) (maskclip_step) > 1000",
+        expr=f"max by (run) (maskclip_codeword_use) < {FEW_CODEWORDS} and on (run) "
+        f"max by (run) (maskclip_step) > {LEARNT_STEPS}",
         wait="10m",
         severity="page",
         summary="the teacher puts nearly all patches into few codewords",
@@ -115,7 +129,7 @@ ALERTS = (
     ),
     Alert(
         name="MaskclipLoaderBound",
-        expr="maskclip:data_wait:ratio_10m > 0.1",
+        expr=f"maskclip:data_wait:ratio_10m > {WAITING_SHARE}",
         wait="15m",
         severity="ticket",
         summary="more than 10 % of the time goes into waiting for batches",
@@ -131,7 +145,7 @@ ALERTS = (
     ),
     Alert(
         name="MaskclipSlowRank",
-        expr="max by (run) (maskclip_rank_skew) > 1.3",
+        expr=f"max by (run) (maskclip_rank_skew) > {SLOW_RANK}",
         wait="15m",
         severity="ticket",
         summary="one rank works 30 % longer than the median, and all wait for it",
@@ -140,7 +154,7 @@ ALERTS = (
     Alert(
         name="MaskclipRestartStorm",
         expr="max by (run) (max_over_time(maskclip_attempt[1h])) "
-        "- min by (run) (min_over_time(maskclip_attempt[1h])) >= 4",
+        f"- min by (run) (min_over_time(maskclip_attempt[1h])) >= {RESTARTS}",
         wait="0m",
         severity="page",
         summary="four or more restarts within an hour",
@@ -148,7 +162,7 @@ ALERTS = (
     ),
     Alert(
         name="MaskclipDiskFull",
-        expr="min by (run) (maskclip_disk_free_ratio) < 0.1",
+        expr=f"min by (run) (maskclip_disk_free_ratio) < {FULL_DISK}",
         wait="10m",
         severity="ticket",
         summary="a disk of the first rank's node is nearly full",
