@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.paths import ROOT
 from tests.support.runs import maskclip, train, write_recipe
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def preprocess_to(output: str, part: str, tars: int, folder: Path) -> int:

@@ -19,11 +19,11 @@ from cluster.store import open_store
 from system.checkpoints.checkpoint import committed_steps
 from tests.integration.test_resume import assert_same_run
 from tests.support import save_rig
+from tests.support.paths import ROOT
 from tests.support.runs import instants, live_steps
 from tests.support.troubled_proxy import EXPIRED, UNAVAILABLE, TroubledProxy
 
 KILLED = -9
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def rig(run: Path | str, *attempts: str, endpoint: str | None = None, **config: object) -> list[dict]:

@@ -9,6 +9,7 @@ import pytest
 
 from cluster.local_launch import run_local
 from tests.support import norms_worker
+from tests.support.paths import ROOT
 
 SETTINGS: list[dict[str, Any]] = [{"zero_stage": stage, "precision": "fp32"} for stage in (0, 1, 2, 3)]
 SETTINGS += [
@@ -18,9 +19,8 @@ SETTINGS += [
 
 
 def test_norms_add_up_at_every_stage(tmp_path: Path):
-    root = Path(__file__).resolve().parents[2]  # the worker shares code with another one
     argv = [sys.executable, norms_worker.__file__, str(tmp_path), *map(json.dumps, SETTINGS)]
-    assert run_local(argv, 2, {"PYTHONPATH": str(root)}) == 0
+    assert run_local(argv, 2, {"PYTHONPATH": str(ROOT)}) == 0
     found = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/found.json"))]
     assert [result["settings"] for result in found] == SETTINGS
     for result in found:

@@ -13,6 +13,7 @@ from cluster.events import EventLog, read_events
 from cluster.store import open_store
 from cluster.store_base import StoreConfig
 from cluster.store_local import LocalStore
+from tests.support.paths import ROOT
 
 
 class Away(LocalStore):
@@ -70,8 +71,7 @@ for step in range(30):
 assert log.flush()
 os.kill(os.getpid(), 9)
 """
-    root = Path(__file__).resolve().parents[3]
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root).returncode == -9
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT).returncode == -9
     assert steps(tmp_path / "run") == []
     Spool(tmp_path / "spool", open_store(str(tmp_path / "run")), 0, 10**6).close()
     assert steps(tmp_path / "run") == list(range(30))
@@ -111,9 +111,8 @@ for step in range(3000):
 log.close()
 print(log.dropped)
 """
-    root = Path(__file__).resolve().parents[3]
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
     written = steps(tmp_path)

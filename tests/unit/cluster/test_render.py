@@ -15,7 +15,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster.errors import ConfigError
 from cluster.render import JobConfig, render
-from tests.architecture.imports import ROOT
+from tests.support.paths import ROOT
 from tests.support.runs import maskclip, write_recipe
 
 KUBERNETES = "1.31"

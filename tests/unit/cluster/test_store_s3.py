@@ -15,9 +15,9 @@ import pytest
 
 from cluster.errors import ObjectNotFound, StorageUnavailable
 from cluster.store import StoreConfig, open_store
+from tests.support.paths import ROOT
 from tests.support.s3_server import S3Server
 
-ROOT = Path(__file__).parents[3]
 TWICE = StoreConfig(attempts=2, backoff_seconds=0.01)
 
 

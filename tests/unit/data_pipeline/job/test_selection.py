@@ -28,9 +28,9 @@ from data_pipeline.job.selection import PLAN_SCHEMA, Selection, ShardConfig, rea
 from data_pipeline.job.selection_writer import shard_of
 from data_pipeline.keyed import mix
 from data_pipeline.records import ROWS_SCHEMA, STAGED_SCHEMA
+from tests.support.paths import ROOT
 from tests.support.staged_set import StagedSet, expected_drops, planted, refused_row, staged_row, write_round
 
-ROOT = Path(__file__).parents[4]
 ALL = DuplicateConfig(bytes=True, pixels=True, pair=True, near_radius=3)
 NONE = DuplicateConfig()
 GLOBAL = ShardConfig(shuffle="global", samples_per_shard=40, seed=7)

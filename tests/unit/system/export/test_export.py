@@ -20,10 +20,10 @@ from model import convert
 from model.config import preset
 from system.checkpoints.checkpoint import open_fragments
 from system.export.export import ExportConfig, export, load_export, load_trained
+from tests.support.paths import ROOT
 from tests.support.small_dataset import flip_byte, picture, write_dataset
 from tests.support.small_run import run_config, student_and_teacher, write_run
 
-ROOT = Path(__file__).parents[4]
 READER = ROOT / "examples/read_checkpoint.py"
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from cluster.store import open_store
 from system.report.report import summary
 from system.report.story import load_run, summarise
+from tests.support.paths import ROOT
 from tests.support.replayed_run import Replay, write_killed_and_rewound
 from tests.support.runs import maskclip
 
@@ -54,8 +55,7 @@ def test_every_alert_and_exit_code_is_in_the_runbook():
     from cluster import errors
     from system.dashboard import alerts
 
-    root = Path(__file__).parents[4]
-    runbook = (root / "docs/runbook.md").read_text("utf-8")
+    runbook = (ROOT / "docs/runbook.md").read_text("utf-8")
     source = Path(alerts.__file__).read_text("utf-8")
     names = set(re.findall(r'"(Maskclip\w+)"', source))
     assert len(names) == 11

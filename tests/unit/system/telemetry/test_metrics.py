@@ -4,7 +4,7 @@ import re
 
 from system.monitoring.page import filled
 from system.telemetry.metrics import METRICS
-from tests.architecture.imports import ROOT
+from tests.support.paths import ROOT
 
 
 def test_the_page_has_the_registrys_tables():
