@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ from benchmarks.common import arguments, machine
 from cluster.errors import exit_code_of
 from cluster.events import read_events
 from cluster.goodput import CLASSES, build_ledger
+from cluster.local_launch import free_port
 from cluster.simulate import poisson, simulate
 from cluster.stop import end_at_once
 from cluster.store import open_store
@@ -46,12 +46,6 @@ model: {{preset: test}}
 engine: {{zero_stage: 1, precision: fp32}}
 checkpoint: {{interval: seconds, every_seconds: {INTERVAL_SECONDS}, keep_last: 2}}
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def attempt(config: TrainConfig) -> None:

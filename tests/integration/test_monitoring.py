@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from cluster.events import read_events
+from cluster.local_launch import free_port
 from cluster.store import open_store
 from system.monitoring.render import render
 from system.telemetry.metrics import METRICS
@@ -25,12 +26,6 @@ from tests.support.runs import maskclip, write_recipe
 PATIENCE_SECONDS = 120.0
 # Only in other configurations, on other devices, or after what did not happen.
 NOT_HERE = {"pairs", "loss_scale", "device_bytes"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Prometheus:

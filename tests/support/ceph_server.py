@@ -17,7 +17,7 @@ import urllib.request
 import uuid
 from pathlib import Path
 
-from tests.support.s3_server import free_port
+from cluster.local_launch import free_port
 
 _PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph", "ceph-authtool", "monmaptool")
 _DISK_BYTES = 16 << 30

@@ -1,6 +1,5 @@
 """Start real training runs on a small committed data set, and read what they did."""
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,13 +21,6 @@ teacher: {momentum_start: 0.9, momentum_end: 0.99}
 engine: {zero_stage: 1, precision: fp32}
 checkpoint: {every_steps: 4, background: false}
 """
-
-
-def free_port() -> int:
-    """Of this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def write_recipe(folder: Path) -> Path:

@@ -12,7 +12,6 @@ import json
 import mmap
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -28,6 +27,7 @@ import torch
 import torch._dynamo
 
 from cluster.errors import exit_code_of
+from cluster.local_launch import free_port
 from cluster.stop import StopRequest
 from cluster.store import StoreConfig, open_store
 from cluster.world import World
@@ -154,9 +154,7 @@ def start(run_uri: str, rig: Rig, number: int, port: int, kill: str, group: int)
 
 def attempt(run_uri: str, rig: Rig, kill: str) -> list[int]:
     """Exit codes by rank. `progress` tells how far it came; the step that it resumed from is -1 if none."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     progress[MET], progress[RESUMED], progress[TRAINED] = 0, -1, -1
     children: list[int] = []
     for number in range(rig.processes):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.support.runs import free_port
+from cluster.local_launch import free_port
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "munged")
 SLOTS = 2

@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import socket
 import threading
-from contextlib import suppress
+
+from tests.support.proxy import Proxy
 
 UNAVAILABLE = "503 Slow Down", "SlowDown"
 EXPIRED = "403 Forbidden", "ExpiredToken"
 
 
-class TroubledProxy:
+class TroubledProxy(Proxy):
     def __init__(self, target: int) -> None:
-        """
-        Args:
-            target: port of the server on this machine.
-        """
-        self._target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
         self._well = threading.Event()
         self._well.set()
         self._answer: tuple[str, str] | None = None
         self._part = b""
         self.met = 0
         """Requests that met the trouble."""
-        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__(target)
 
     def fail(self, answer: tuple[str, str]) -> None:
         """Every request gets this status and error code."""
@@ -42,39 +36,21 @@ class TroubledProxy:
 
     def close(self) -> None:
         self.mend()
-        self._listener.close()
+        super().close()
 
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._target))
-                threading.Thread(target=self._requests, args=(client, server), daemon=True).start()
-                threading.Thread(target=self._pump, args=(server, client), daemon=True).start()
-
-    def _requests(self, client: socket.socket, server: socket.socket) -> None:
-        with suppress(OSError), client, server:
-            while data := client.recv(1 << 16):
-                first = data.partition(b"\r\n")[0]
-                if not self._well.is_set():
-                    if self._answer is not None:
-                        self.met += 1
-                        client.sendall(_error(*self._answer))
-                        break
-                    if first.startswith((b"PUT", b"POST")) and self._part in first:
-                        self.met += 1
-                        self._well.wait()
-                        break
-                server.sendall(data)
-            for end in (client, server):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(1 << 16):
-                sink.sendall(data)
-        with suppress(OSError):
-            sink.shutdown(socket.SHUT_RDWR)
+    def passes_request(self, data: bytes, client: socket.socket) -> bool:
+        if self._well.is_set():
+            return True
+        if self._answer is not None:
+            self.met += 1
+            client.sendall(_error(*self._answer))
+            return False
+        first = data.partition(b"\r\n")[0]
+        if first.startswith((b"PUT", b"POST")) and self._part in first:
+            self.met += 1
+            self._well.wait()
+            return False
+        return True
 
 
 def _error(status: str, code: str) -> bytes:
