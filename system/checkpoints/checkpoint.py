@@ -33,6 +33,8 @@ _LARGEST_READ = 8 << 20
 """Bytes of one request, so that what is read takes little memory beside what is filled."""
 _LARGEST_HEADER = 100 << 20
 """Bytes; the limit of the safetensors library."""
+HEADER_ERRORS = (ValueError, KeyError, TypeError, AttributeError)
+"""What reading a damaged header raises."""
 
 Run = tuple[str, str, int, int]
 """kind, parameter, start, length."""
@@ -131,22 +133,32 @@ Index = list[tuple[str, str, Piece]]
 """(kind, parameter, piece) of every tensor of a file."""
 
 
+def read_header(source: Source, file: str) -> tuple[dict[str, dict[str, Any]], int]:
+    """Of a safetensors file: what it says of each tensor, by name, and the byte at which their values begin.
+
+    Raises:
+        one of HEADER_ERRORS: it is none.
+    """
+    start = source.get_range(file, 0, 8)
+    size = int.from_bytes(start, "little")
+    if len(start) < 8 or size > _LARGEST_HEADER:
+        raise ValueError("it does not begin with the size of a header")
+    header = json.loads(source.get_range(file, 8, size))
+    return {name: info for name, info in header.items() if name != "__metadata__"}, 8 + size
+
+
 def read_index(source: Source, file: str) -> Index:
     """What a file says that it holds. Raises DataError when that is no header of our format."""
     try:
-        size = int.from_bytes(source.get_range(file, 0, 8), "little")
-        if size > _LARGEST_HEADER:
-            raise ValueError(f"a header of {size} bytes")
+        header, begin = read_header(source, file)
         found = []
-        for name, info in json.loads(source.get_range(file, 8, size)).items():
-            if name == "__metadata__":
-                continue
+        for name, info in header.items():
             kind, parameter, start = name.split("/")
             first, last = info["data_offsets"]
-            piece = Piece(int(start), (last - first) // 4, file, 8 + size + first)
+            piece = Piece(int(start), (last - first) // 4, file, begin + first)
             found.append((kind, parameter, piece))
         return found
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except HEADER_ERRORS as error:
         raise DataError(f"{source.uri}/{file}: its header is damaged ({type(error).__name__})") from None
 
 
