@@ -10,11 +10,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster.local_launch import free_port
@@ -100,7 +102,11 @@ osd_pool_default_pg_autoscale_mode = off
 osd_crush_chooseleaf_type = 0
 mon_allow_pool_size_one = true
 mon_data = {folder}/mon
+paxos_propose_interval = 0.05
+paxos_min_wait = 0.01
 mon_max_pg_per_osd = 1000
+mon_data_avail_warn = 1
+mon_data_avail_crit = 1
 mon_osd_full_ratio = 0.99
 osd_data = {folder}/osd
 osd_objectstore = bluestore
@@ -128,6 +134,17 @@ rgw_enable_usage_log = false
                 )
             )
 
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        """Until what was started last answers. OSError if a daemon has ended, TimeoutError."""
+        give_up = time.monotonic() + _START_SECONDS
+        while not ready():
+            for process in self._processes:
+                if process.poll() is not None:
+                    raise OSError(f"{process.args[0]} has ended with {process.returncode}")  # type: ignore[index]
+            if time.monotonic() > give_up:
+                raise TimeoutError(f"no answer within {_START_SECONDS:g} s")
+            time.sleep(0.1)
+
     def _start_monitor(self) -> None:
         keyring, monmap = str(self._folder / "keyring"), str(self._folder / "monmap")
         address = f"[v2:127.0.0.1:{self._mon_port}]"
@@ -136,6 +153,7 @@ rgw_enable_usage_log = false
         _run("monmaptool", "--create", "--addv", "a", address, "--fsid", self._fsid, monmap)
         self._tool("ceph-mon", "-i", "a", "--mkfs", "--monmap", monmap, "--keyring", keyring)
         self._serve("ceph-mon", "-i", "a")
+        self._wait(lambda: _listens(self._mon_port))
 
     def _start_osd(self) -> None:
         folder, identity = self._folder / "osd", str(uuid.uuid4())
@@ -148,13 +166,7 @@ rgw_enable_usage_log = false
 
     def _start_gateway(self) -> None:
         self._serve("radosgw", "-n", "client.admin", "--rgw-zone", "default")
-        give_up = time.monotonic() + _START_SECONDS
-        while not self._answers():
-            if any(process.poll() is not None for process in self._processes):
-                raise OSError("a daemon has ended")
-            if time.monotonic() > give_up:
-                raise TimeoutError(f"no answer within {_START_SECONDS:g} s")
-            time.sleep(0.1)
+        self._wait(self._answers)
         user = json.loads(self._tool("radosgw-admin", "user", "create", "--uid=test", "--display-name=test"))
         self.env = {
             "AWS_ENDPOINT_URL": self.endpoint,
@@ -171,6 +183,11 @@ rgw_enable_usage_log = false
             return error.code < 500
         except OSError:
             return False
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _all_caps(option: str = "") -> list[str]:
