@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import secrets
-import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -18,6 +17,7 @@ from typing import NamedTuple, TypeVar
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from cluster.errors import ObjectNotFound, StorageUnavailable
+from cluster.scratch import scratch_folder
 
 # Names of files that are still being written. Keys must not contain them, and listings never show them.
 TEMPORARY = ".tmp-"
@@ -137,8 +137,8 @@ class ObjectStore(ABC):
 
     def put_pieces(self, key: str, pieces: Pieces) -> None:
         """Write the object from pieces in memory, in place of what was there."""
-        with tempfile.TemporaryDirectory(prefix="maskclip-") as folder:
-            path = Path(folder, "object")
+        with scratch_folder() as folder:
+            path = folder / "object"
             with path.open("wb") as out:
                 out.writelines(pieces())
             self.put_file(key, path)

@@ -16,6 +16,7 @@ from itertools import count
 from typing import Literal
 
 from cluster.errors import DataError
+from cluster.scratch import scratch_folder
 from cluster.store import ObjectInfo, ObjectStore, open_store
 from data_pipeline.ingest.folder_source import cut_folder, read_folder
 from data_pipeline.ingest.sample_files import to_row
@@ -29,7 +30,6 @@ from data_pipeline.ingest.table_source import (
 )
 from data_pipeline.ingest.tar_source import read_tar
 from data_pipeline.records import Reject, SourceRow
-from data_pipeline.scratch import scratch_folder
 
 SourceKind = Literal["webdataset", "folder", "table"]
 

@@ -27,11 +27,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster.errors import DataError
+from cluster.scratch import scratch_folder
 from cluster.store import open_store
 from data_pipeline.job.exchange import Step, exchange
 from data_pipeline.job.near import MAX_RADIUS, band_keys, best_extra_bands, smallest_near
 from data_pipeline.job.staged_rows import StagedRows, runs
-from data_pipeline.scratch import scratch_folder
 
 REASONS = ("", "duplicate_bytes", "duplicate_pixels", "duplicate_pair", "near_duplicate")
 DROPPED_SCHEMA = pa.schema([("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())])

@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from cluster.errors import ConfigError, DataError
+from cluster.scratch import scratch_folder
 from cluster.store import ObjectStore, open_store
-from data_pipeline.scratch import scratch_folder
 
 ListKind = Literal["urls", "domains", "sha256", "keys"]
 

@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 
 from cluster.manifest import FileEntry, file_entry
 from cluster.ray_tasks import run_bounded
+from cluster.scratch import scratch_folder
 from cluster.store import open_store
 from data_pipeline.job.dedup import DROPPED_SCHEMA, dropped_name
 from data_pipeline.job.exchange import Step, exchange
 from data_pipeline.job.staged_rows import StagedRows, runs
 from data_pipeline.keyed import mix
 from data_pipeline.records import ROWS_SCHEMA, STAGED_SCHEMA, rows_name
-from data_pipeline.scratch import scratch_folder
 
 _PLACE = [pa.field("shard", pa.int32(), nullable=False), pa.field("index", pa.int32(), nullable=False)]
 PLAN_SCHEMA = pa.schema([*STAGED_SCHEMA, *_PLACE])

@@ -20,6 +20,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.scratch import scratch_folder
 from cluster.store import ObjectStore, open_store
 from data_pipeline.fetch.download import DownloadConfig, fetch_rows
 from data_pipeline.image.header import HeaderError, read_header
@@ -30,7 +31,6 @@ from data_pipeline.job.drivers import Driver, require_newest
 from data_pipeline.job.filters import FilterConfig, RowFilter, check_header
 from data_pipeline.job.ledger import StageRecord
 from data_pipeline.records import STAGED_SCHEMA, Prepared, Reject, SourceRow, sample_id
-from data_pipeline.scratch import scratch_folder
 from data_pipeline.shards.shard_writer import json_text
 
 _ROWS_PER_GROUP = 1000

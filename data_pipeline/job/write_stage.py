@@ -16,13 +16,13 @@ from typing import Any
 
 from cluster.errors import ShardCorrupt
 from cluster.manifest import file_entry
+from cluster.scratch import scratch_folder
 from cluster.store import ObjectStore, open_store
 from data_pipeline.job import ledger
 from data_pipeline.job.drivers import Driver, require_newest
 from data_pipeline.job.ledger import ShardRecord
 from data_pipeline.job.selection import read_plan
 from data_pipeline.records import Sample, ShardFormat, shard_names
-from data_pipeline.scratch import scratch_folder
 from data_pipeline.shards.shard_writer import write_shard
 
 _WINDOW_BYTES = 8 << 20

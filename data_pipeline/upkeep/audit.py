@@ -21,11 +21,11 @@ import numpy as np
 from cluster import manifest as manifests
 from cluster.errors import ManifestMismatch
 from cluster.manifest import MANIFEST, Manifest
+from cluster.scratch import scratch_folder
 from cluster.store import ObjectStore, open_store
 from data_pipeline.catalog import DatasetManifest, describe
 from data_pipeline.job.ledger import digest
 from data_pipeline.records import DATASET_KIND, DATASET_VERSION
-from data_pipeline.scratch import scratch_folder
 from data_pipeline.upkeep.audit_files import check_file, check_rows, check_shard, joined_inputs
 from data_pipeline.upkeep.scan import Buckets, Problems, Progress, in_order
 from data_pipeline.upkeep.takedown import TOMBSTONES, load_tombstones

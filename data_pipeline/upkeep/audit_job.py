@@ -17,10 +17,10 @@ import pyarrow as pa
 
 from cluster.errors import ManifestMismatch, ObjectNotFound
 from cluster.manifest import MANIFEST
+from cluster.scratch import scratch_folder
 from cluster.store import ObjectStore, open_store
 from data_pipeline.job import ledger
 from data_pipeline.job.ledger import StageRecord
-from data_pipeline.scratch import scratch_folder
 from data_pipeline.upkeep.audit import SOURCE, Audit, Progress, audit_dataset, report_twice
 from data_pipeline.upkeep.scan import Buckets, Problems, in_order, local_file, pc, read_rows, text_hashes
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cluster.scratch import scratch_folder
 from cluster.store import ObjectStore, open_store
 from data_pipeline.catalog import DatasetManifest, load_dataset, load_index
 from data_pipeline.records import ShardInfo
-from data_pipeline.scratch import scratch_folder
 from data_pipeline.upkeep.scan import Buckets, Progress, in_order, text_hashes
 from data_pipeline.upkeep.takedown import load_tombstones
 

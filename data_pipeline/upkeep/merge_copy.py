@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 
 from cluster.errors import DataError, ShardCorrupt
 from cluster.manifest import FileEntry, file_entry, sha256_file
+from cluster.scratch import scratch_folder
 from cluster.store import ObjectStore
 from data_pipeline.catalog import DatasetManifest
 from data_pipeline.records import ROWS_SCHEMA, ShardInfo, rows_name, shard_names
-from data_pipeline.scratch import scratch_folder
 from data_pipeline.upkeep.audit_files import number_of
 from data_pipeline.upkeep.scan import Buckets, Progress, in_order, local_file, pc, read_rows, text_hashes
 

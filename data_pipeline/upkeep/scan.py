@@ -22,11 +22,11 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from cluster.errors import ObjectNotFound
+from cluster.scratch import scratch_folder
 from cluster.store import ObjectStore
 from cluster.store_local import LocalStore
 from data_pipeline.catalog import broken_file
 from data_pipeline.keyed import GOLDEN
-from data_pipeline.scratch import scratch_folder
 
 BATCH_ROWS = 1 << 16
 BUCKET_BYTES = 64 << 20

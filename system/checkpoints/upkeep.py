@@ -3,14 +3,13 @@ and nothing that a running attempt still writes.
 """
 
 import json
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cluster.errors import CheckpointIncompatible, ConfigError, MaskClipError, ObjectNotFound
 from cluster.events import newest_attempt
 from cluster.manifest import MANIFEST, FileEntry, Manifest, commit, sha256_file, verify
+from cluster.scratch import scratch_folder
 from cluster.store import ObjectStore, open_store
 from system.checkpoints.commands import Action, check
 from system.commands import Args, Result, Rows, knobs
@@ -71,8 +70,8 @@ def copy(args: Args) -> Result:
             if not same:
                 raise CheckpointIncompatible(f"{config.to}: is the folder of another run; change to")
     size = 0
-    with tempfile.TemporaryDirectory(prefix="maskclip-") as folder:
-        path = Path(folder, "file")
+    with scratch_folder() as folder:
+        path = folder / "file"
         for step in steps:
             store, manifest = open_checkpoint(run, step)
             copied = target.child(f"checkpoints/{step_folder(step)}")

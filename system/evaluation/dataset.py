@@ -13,12 +13,12 @@ import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
 
 from cluster.errors import ConfigError, DataError
+from cluster.scratch import scratch_folder
 from cluster.store import ObjectStore, open_store
 from data_pipeline.catalog import DatasetManifest, load_dataset, load_index
 from data_pipeline.records import INDEX_SCHEMA, ShardInfo
@@ -138,8 +138,8 @@ class _Reader:
             sum(self._dataset.files[name].size for name in {shard.name, shard.index_name})
             for shard in self._dataset.shards
         )
-        with TemporaryDirectory(prefix="maskclip-eval-") as folder:
-            reader = DatasetReader(self._dataset, folder, 2 * largest)
+        with scratch_folder() as folder:
+            reader = DatasetReader(self._dataset, str(folder), 2 * largest)
             try:
                 places = iter(self._place_N[np.asarray(positions, np.int64)].tolist())
                 while some := list(islice(places, _TOGETHER)):

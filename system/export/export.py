@@ -12,7 +12,6 @@ Parameters go from the checkpoint to the file one at a time: memory does not gro
 
 import json
 import math
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 
 from cluster.errors import CheckpointIncompatible, ManifestMismatch
 from cluster.manifest import MANIFEST, Manifest, commit, file_entry, load, verify
+from cluster.scratch import scratch_folder
 from cluster.store import ObjectStore, open_store
 from model import convert
 from model.config import ModelConfig
@@ -133,8 +133,7 @@ def export(run_uri: str, config: ExportConfig) -> dict:
     texts[CARD_FILE] = model_card(
         train, provenance, config.layout, size, read_scores(run, step, config.tower)
     )
-    with tempfile.TemporaryDirectory(prefix="maskclip-") as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         write_tensors(folder / WEIGHTS[config.layout], entries, _reader(run, step, config.tower, train.model))
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8")

@@ -13,6 +13,7 @@ import pytest
 
 from cluster.errors import ManifestMismatch, StorageUnavailable, Superseded
 from cluster.ray_tasks import ray_session
+from cluster.scratch import scratch_folder
 from cluster.store import open_store
 from data_pipeline.catalog import load_dataset, verify_dataset
 from data_pipeline.image.transforms import TransformConfig
@@ -20,7 +21,6 @@ from data_pipeline.ingest.sources import SourceConfig
 from data_pipeline.job import preprocess, write_stage
 from data_pipeline.job.preprocess import PreprocessConfig, PreprocessSummary, run_preprocess
 from data_pipeline.job.selection import ShardConfig
-from data_pipeline.scratch import scratch_folder
 from tests.support.raw_input import members, write_tar
 
 MOMENTS = [("stage", 0), ("stage", 1), ("select", 0), ("write", 0), ("write", 1), ("commit", 0)]
