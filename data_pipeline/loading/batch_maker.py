@@ -99,9 +99,7 @@ class BatchMaker:
         """What the caches of all data sets have done, as of now."""
         return sum((reader.counters for reader in self._readers), CacheCounters())
 
-    def begin(
-        self, last_step: int, skipped: tuple[int, ...] = (), worker: int = 0, workers: int = 1
-    ) -> None:
+    def begin(self, last_step: int, skipped: tuple[int, ...] = (), worker: int = 0, workers: int = 1) -> None:
         """Steps before last_step will be asked for, every `workers`-th of them here: copy ahead for them.
         None of them consumes the slot windows `skipped` (see `order.window_of`)."""
         cfg = self._spec.loader
