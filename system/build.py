@@ -15,6 +15,7 @@ from cluster.errors import ConfigError, Hang
 from cluster.events import EventLog, claim_attempt
 from cluster.stop import StopRequest
 from cluster.store import ObjectStore
+from cluster.watchdog import Watchdog
 from cluster.world import World
 from data_pipeline.image.augment import AugmentConfig
 from data_pipeline.loading.loader import Loader
@@ -31,6 +32,7 @@ from system.engine.engine import TYPES, Engine
 from system.engine.teacher_state import ShardedTeacher
 from system.evaluation.training import TrainingEvaluation
 from system.export.initial_weights import fill, initial_weights
+from system.health.monitor import Health
 from system.run_folder import claim_run, describe_run
 from system.trainer import Trainer
 
@@ -128,7 +130,12 @@ def open_event_log(run: ObjectStore, world: World, flush_seconds: float) -> Iter
 
 @contextmanager
 def build_trainer(
-    config: TrainConfig, world: World, run: ObjectStore, events: EventLog, stop: StopRequest
+    config: TrainConfig,
+    world: World,
+    run: ObjectStore,
+    events: EventLog,
+    watchdog: Watchdog,
+    stop: StopRequest,
 ) -> Iterator[tuple[Trainer, Loader]]:
     """A trainer at step 0 and the loader that feeds it. Call `Trainer.resume` next."""
     loader = build_loader(config, world)
@@ -140,7 +147,8 @@ def build_trainer(
     with Console(config.run.steps, active=world.rank == 0) as console:
         comm = DistributedCollectives()
         evaluation = TrainingEvaluation(config, engine, teacher, events, console)
+        health = Health(config, run, engine, teacher, events, console, watchdog)
         yield (
-            Trainer(config, engine, teacher, comm, checkpointer, events, console, stop, evaluation),
+            Trainer(config, engine, teacher, comm, checkpointer, events, console, health, stop, evaluation),
             loader,
         )

@@ -16,11 +16,13 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from cluster.errors import ConfigError
 from cluster.store import StoreConfig, normal_uri, overlap
+from cluster.watchdog import WatchdogConfig
 from data_pipeline.loading.loader_config import LoaderConfig
 from data_pipeline.loading.mixing import MixPart
 from model.config import ModelConfig, resolve
 from system.checkpoints.config import CheckpointConfig
 from system.evaluation.config import EvaluationConfig
+from system.health.config import HealthConfig
 from system.recipe import apply_overrides, build_config, read_recipe
 
 # Keys that may differ between the attempts of one run; everything else is the run's identity.
@@ -37,6 +39,8 @@ FREE_KEYS = (
     "engine.offload_parameters",
     "checkpoint",
     "evaluation",
+    "health",
+    "watchdog",
     "store",
 )
 
@@ -260,6 +264,8 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
 
 

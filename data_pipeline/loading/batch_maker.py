@@ -16,7 +16,7 @@ import torch
 from cluster.errors import DataError, ManifestMismatch
 from cluster.store import open_store
 from data_pipeline.catalog import DatasetManifest
-from data_pipeline.image.augment import AugmentConfig, crop_boxes, view
+from data_pipeline.image.augment import AugmentConfig, Box, crop_boxes, view
 from data_pipeline.image.decode import PixelMemory, UndecodableImage
 from data_pipeline.loading.loader_config import LoaderConfig
 from data_pipeline.loading.mixing import MixedOrder, MixPart, keyed_ids
@@ -201,7 +201,7 @@ class BatchMaker:
                 failed[place] = (sample, problem)
         return failed
 
-    def _decode(self, sample: StoredSample, box: list[int], out: np.ndarray) -> str | None:
+    def _decode(self, sample: StoredSample, box: Box, out: np.ndarray) -> str | None:
         """One view; why there is none, after a second try. Raises DataError where that happens too often."""
         size = (sample.width, sample.height)
         with suppress(UndecodableImage):

@@ -70,9 +70,10 @@ class _StepBatches(Dataset):
 class Loader:
     """The training batches of one rank, from one data set or a weighted mix of several.
 
-    Step k covers slots [k*B, (k+1)*B), or those of a later window where the run skips some. The places of a batch are its slots in another order, in which those
-    that are read together stand together; rank r of W takes the r-th part of ceil(B/W) places. Every rank
-    has every step, so none waits for another at the end of an epoch.
+    Step k covers slots [k*B, (k+1)*B), or those of a later window where the run skips some. The places of a
+    batch are its slots in another order, in which those that are read together stand together; rank r of W
+    takes the r-th part of ceil(B/W) places. Every rank has every step, so none waits for another at the end
+    of an epoch.
 
     Raises ValueError for a global batch that is no multiple of the streams or of the weights or a rank
     outside the world, ConfigError for a remote data set without a cache, and what `load_dataset` and

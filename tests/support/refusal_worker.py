@@ -12,12 +12,14 @@ from cluster.errors import NonFinite
 from cluster.events import EventLog, read_events
 from cluster.stop import StopRequest
 from cluster.store import ObjectStore, open_store
+from cluster.watchdog import Watchdog
 from cluster.world import World
 from system.build import build_engine, open_event_log, process_group
 from system.checkpoints.checkpointer import Checkpointer
 from system.config import TrainConfig
 from system.console import Console
 from system.engine.collectives import DistributedCollectives
+from system.health.monitor import Health
 from system.trainer import Trainer
 from tests.support.engine_worker import made_up_batch, share, worker_config
 
@@ -27,6 +29,8 @@ STEPS = 2
 def build(config: TrainConfig, world: World, run: ObjectStore, events: EventLog) -> Trainer:
     engine, teacher = build_engine(config, world)
     checkpointer = Checkpointer(run, engine, teacher, events, {})
+    console = Console(STEPS, active=False)
+    watchdog = Watchdog(config.watchdog, run, world, events)
     return Trainer(
         config,
         engine,
@@ -34,7 +38,8 @@ def build(config: TrainConfig, world: World, run: ObjectStore, events: EventLog)
         DistributedCollectives(),
         checkpointer,
         events,
-        Console(STEPS, active=False),
+        console,
+        Health(config, run, engine, teacher, events, console, watchdog),
         StopRequest(),
         lambda step: None,
     )

@@ -22,6 +22,7 @@ import torch
 from cluster.errors import exit_code_of
 from cluster.stop import StopRequest
 from cluster.store import open_store
+from cluster.watchdog import Watchdog
 from cluster.world import World
 from model.config import preset
 from system.agreement import peer_lost
@@ -33,6 +34,7 @@ from system.checkpoints.config import CheckpointConfig
 from system.config import DataConfig, EngineConfig, OptimizerConfig, RunConfig, TrainConfig
 from system.console import Console
 from system.engine.collectives import DistributedCollectives
+from system.health.monitor import Health
 from system.run_folder import describe_run
 from system.trainer import Trainer
 from tests.support import faulty_rank
@@ -65,8 +67,10 @@ def rank(run_uri: str, config: dict) -> None:
         checkpointer = Checkpointer(run, engine, teacher, events, about, whole.checkpoint)
         with Console(STEPS, active=False) as console, StopRequest() as stop:
             comm = DistributedCollectives()
+            watchdog = Watchdog(whole.watchdog, run, world, events)
+            health = Health(whole, run, engine, teacher, events, console, watchdog)
             trainer = Trainer(
-                whole, engine, teacher, comm, checkpointer, events, console, stop, lambda _: None
+                whole, engine, teacher, comm, checkpointer, events, console, health, stop, lambda _: None
             )
             resumed = trainer.resume()
             events.instant(

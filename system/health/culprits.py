@@ -1,0 +1,114 @@
+"""Which rank, and which of its samples, is not finite in a step that was refused.
+
+The contrastive loss mixes all samples, so one that is not finite shows on every rank. Here each row goes
+through the model alone: its own features and its own shares of the other terms. A step is refused rarely, so
+that may take its time.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.global_batch import Features, MicroBatch
+from model.teacher import Teacher
+from system.engine.accumulate import split
+from system.engine.engine import Engine
+
+MOST_NAMED = 8
+
+
+class LocalGradients:
+    """Whether this rank's own gradients are finite, before they meet those of the other ranks. Costs one
+    reduction for each parameter, and no wait for the device unless somebody asks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._sum: Tensor | None = None
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(self._see)
+
+    @torch.no_grad()
+    def _see(self, gradient: Tensor) -> None:
+        # 0 where all is finite, else not a number; the largest value cannot overflow.
+        zero = torch.linalg.vector_norm(gradient, ord=float("inf"), dtype=torch.float32) * 0.0
+        self._sum = zero if self._sum is None else self._sum + zero
+
+    def finite(self) -> bool:
+        """Of all gradients since `forget`."""
+        return self._sum is None or bool(torch.isfinite(self._sum))
+
+    def forget(self) -> None:
+        self._sum = None
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """What a rank has found in itself."""
+
+    rank: int
+    loss: bool
+    """Its share of the loss is not finite."""
+    gradient: bool
+    """Its own gradient is not finite."""
+    slots: tuple[int, ...]
+    ids: tuple[int, ...]
+    """Of its samples that alone are not finite."""
+
+
+def find(
+    engine: Engine,
+    teacher: Teacher | None,
+    temperature: float,
+    batch: Mapping[str, Tensor],
+    loss_finite: bool,
+    gradients_finite: bool,
+) -> list[Culprit]:
+    """All ranks call it after a refused step. Ranks with a sample or a gradient of their own that is not
+    finite; if there is none, those whose loss is not."""
+    bad = _bad_rows(engine, teacher, temperature, batch)
+    mine = Culprit(
+        dist.get_rank(),
+        not loss_finite,
+        not gradients_finite,
+        tuple(batch["slot"][bad].tolist()),
+        tuple(batch["id"][bad].tolist()),
+    )
+    everyone: list[Culprit] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    named = [culprit for culprit in everyone if culprit.ids]
+    # With a loss that is not finite no rank gets as far as a gradient of its own.
+    return named or [culprit for culprit in everyone if culprit.gradient or culprit.loss]
+
+
+def describe(culprits: list[Culprit]) -> str:
+    """Ranks and samples in words."""
+    words = []
+    for culprit in culprits:
+        if culprit.ids:
+            ids = ", ".join(map(str, culprit.ids[:MOST_NAMED]))
+            more = f" and {len(culprit.ids) - MOST_NAMED} more" if len(culprit.ids) > MOST_NAMED else ""
+            words.append(f"rank {culprit.rank}, sample ids {ids}{more}")
+        else:
+            words.append(f"rank {culprit.rank}, none of whose samples alone is the cause")
+    return "; ".join(words)
+
+
+@torch.no_grad()
+def _bad_rows(
+    engine: Engine, teacher: Teacher | None, temperature: float, batch: Mapping[str, Tensor]
+) -> Tensor:
+    """bool [b]: rows whose own values are not finite. All ranks have equally many rows, and their passes meet
+    where parameters are sharded."""
+    rows = split(batch, len(batch["id"]))
+    config, device = engine.objective.config, engine.device
+    zeros = torch.zeros(1, config.embed_dim, device=device)
+    bias = torch.zeros(1, device=device) if config.contrastive == "sigmoid" else None
+    # Against slopes of zero the contrastive term is zero, or not finite where a feature is not.
+    alone = MicroBatch(
+        torch.ones(2, device=device), Features(zeros, zeros, torch.zeros(1, device=device), bias)
+    )
+    losses = [engine.shares(row, teacher, temperature, alone).loss.reshape(()) for row in rows]
+    return ~torch.isfinite(torch.stack(losses))
