@@ -63,7 +63,7 @@ class Accumulator:
 
 def split(batch: Batch, count: int) -> list[dict[str, Tensor]]:
     """Micro-batches, whose sizes differ by at most one row; equally many on every rank."""
-    parts = {name: tensor.tensorsplit(count) for name, tensor in batch.items()}
+    parts = {name: tensor.tensor_split(count) for name, tensor in batch.items()}
     return [{name: tensors[index] for name, tensors in parts.items()} for index in range(count)]
 
 

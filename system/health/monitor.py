@@ -2,7 +2,6 @@
 ranks together."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -23,14 +22,6 @@ from system.health.culprits import LocalGradients, describe, find
 from system.health.equal_copies import compare, equal_tensors
 from system.health.memory import MemoryWatch
 from system.health.spikes import LossHistory, MomentRatio, ratios
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a step was refused, in words."""
-
-    reason: str
-    culprits: str
 
 
 class Health:
@@ -55,7 +46,7 @@ class Health:
         self._copies = equal_tensors(engine, teacher)
         self._spike = self._ahead = False
         self._loss = 0.0
-        self._refusal = Refusal("", "")
+        self._refusal = ""
 
     def measured(self) -> Tensor:
         """int64, this rank's part of what `judge` gets: goes with the votes of a step."""
@@ -109,23 +100,22 @@ class Health:
             sound = verdict.non_finite_ranks > 0 or self._gradients.finite()
             found = find(self._engine, self._teacher.module, temperature, batch, finite, sound)
         self._gradients.forget()
-        self._refusal = Refusal(reason + scale, describe(found))
-        named = {
-            "ranks": [culprit.rank for culprit in found],
-            "slots": [slot for culprit in found for slot in culprit.slots],
-            "ids": [id for culprit in found for id in culprit.ids],
-        }
-        where = f" ({self._refusal.culprits})" if found else ""
-        words = f"step {step} refused: {reason}{scale}{where}, norm {outcome.grad_norm}"
+        self._refusal = reason + scale + (f" ({describe(found)})" if found else "")
         if dist.get_rank() == 0:
-            self._events.instant("step_refused", step=step, reason=reason + scale, **named)
-            self._console.warn(words)
+            self._events.instant(
+                "step_refused",
+                step=step,
+                reason=self._refusal,
+                ranks=[culprit.rank for culprit in found],
+                slots=[slot for culprit in found for slot in culprit.slots],
+                ids=[identity for culprit in found for identity in culprit.ids],
+            )
+            self._console.warn(f"step {step} refused: {self._refusal}, norm {outcome.grad_norm}")
 
     def too_often_refused(self, step: int, skipped: tuple[int, ...]) -> NonFinite | LossSpike:
         """The error that ends an attempt which cannot apply a step."""
         times = self._config.engine.max_refused_steps
-        why = f"{self._refusal.reason}, {times} times in a row ({self._refusal.culprits})"
-        return self.without_window(NonFinite, step, skipped, why)
+        return self.without_window(NonFinite, step, skipped, f"{self._refusal}, {times} times in a row")
 
     def without_window(
         self, error: type[NonFinite | LossSpike], step: int, skipped: tuple[int, ...], reason: str

@@ -37,7 +37,8 @@ def test_non_finite_steps_are_refused_then_skipped_and_nothing_else_changes(tmp_
     assert train_poisoned(recipe, run, train_data, [*once, ("loss", 1, 6, 6, 3)]) == 76
     refused = instants(run, "step_refused")
     assert [(event["step"], event["ranks"]) for event in refused] == [(2, [1]), (3, [0]), *[(6, [1])] * 3]
-    assert [event["reason"] for event in refused[:2]] == ["non-finite loss on 1 ranks", "non-finite gradient"]
+    assert refused[0]["reason"].startswith("non-finite loss on 1 ranks (rank 1")
+    assert refused[1]["reason"].startswith("non-finite gradient (rank 0")
     assert f"slots {6 * BATCH} to {7 * BATCH - 1}" in end_reasons(run)[0]
     (record,) = (json.loads(path.read_text()) for path in (run / "skips").iterdir())
     assert (record["window"], record["step"], record["attempt"]) == (6, 6, 1)

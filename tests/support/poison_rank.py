@@ -1,8 +1,8 @@
 """One rank of `maskclip train` that goes wrong: ``poison_rank.py FAULTS recipe key=value...``.
 
 FAULTS is JSON: [[kind, rank, first window, last window, times], ...]. In these slot windows `kind` happens to
-that rank, so many times in all: loss (its share is infinite), gradient (that of its loss is), memory (one bit
-of a parameter's copy flips), hang. All else is the real rank.
+that rank, so many times in all: loss (its share is infinite), gradient (that of a layer is), memory (a bit of
+a parameter's copy flips), hang. All else is the real rank.
 """
 
 import json
@@ -18,36 +18,33 @@ from system.config import load_train_recipe
 from system.engine.accumulate import Accumulator
 
 
-class _InfiniteGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
-        return loss.clone()
+def infinite_gradient(module: torch.nn.Module) -> Any:
+    """From now on, what flows back into `module` is infinite; a handle that ends it."""
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return gradients[0] * float("inf")
+    def hook(_: Any, inputs: Any, output: torch.Tensor) -> None:
+        output.register_hook(lambda gradient: gradient * float("inf"))
+
+    return module.register_forward_hook(hook)
 
 
 def poison(faults: list[list[Any]], rank: int, global_batch: int) -> None:
     original = Accumulator.forward
 
     def forward(self: Accumulator, batch: Any, *args: Any, **named: Any) -> Any:
+        window, objective = int(batch["slot"][0]) // global_batch, self._engine.objective
+        found = [f for f in faults if f[1] == rank and f[2] <= window <= f[3] and f[4] > 0]
+        kinds = [fault[0] for fault in found]
+        for fault in found:
+            fault[4] -= 1
+        if "hang" in kinds:
+            time.sleep(600)
+        if "memory" in kinds:
+            next(objective.vision.parameters()).data.view(-1).view(torch.int32)[0] ^= 1
+        handle = infinite_gradient(objective.vision.input_norm) if "gradient" in kinds else None
         output = original(self, batch, *args, **named)
-        window = int(batch["slot"][0]) // global_batch
-        for fault in faults:
-            kind, where, first, last, times = fault
-            if where == rank and first <= window <= last and times > 0:
-                fault[-1] -= 1
-                if kind == "loss":
-                    output = output._replace(loss=output.loss * float("inf"))
-                elif kind == "gradient":
-                    output = output._replace(loss=_InfiniteGradient.apply(output.loss))
-                elif kind == "memory":
-                    copy = next(self._engine.objective.vision.parameters()).data.view(-1)
-                    copy.view(torch.int32)[0] ^= 1
-                else:
-                    time.sleep(600)
-        return output
+        if handle is not None:
+            handle.remove()
+        return output._replace(loss=output.loss * float("inf")) if "loss" in kinds else output
 
     Accumulator.forward = forward  # type: ignore[method-assign]
 
