@@ -32,8 +32,8 @@ class LocalGradients:
 
     @torch.no_grad()
     def _see(self, gradient: Tensor) -> None:
-        # 0 where all is finite, else not a number; the largest value cannot overflow.
-        zero = torch.linalg.vector_norm(gradient, ord=float("inf"), dtype=torch.float32) * 0.0
+        # 0 where all is finite, else not a number.
+        zero = gradient.sum(dtype=torch.float32) * 0.0
         self._sum = zero if self._sum is None else self._sum + zero
 
     def finite(self) -> bool:
