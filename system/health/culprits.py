@@ -32,8 +32,9 @@ class LocalGradients:
 
     @torch.no_grad()
     def _see(self, gradient: Tensor) -> None:
-        # 0 where all is finite, else not a number.
-        zero = gradient.sum(dtype=torch.float32) * 0.0
+        # 0 where all is finite, else not a number. (A sum of fp16 may overflow, but it is asked for only when
+        # a step was refused at the lowest loss scale.)
+        zero = gradient.sum().float() * 0.0
         self._sum = zero if self._sum is None else self._sum + zero
 
     def finite(self) -> bool:
