@@ -76,13 +76,13 @@ def test_a_copy_that_differs_names_its_rank(tmp_path, train_data, stage):
     if faults:
         (reason,) = end_reasons(run)
         assert reason.startswith("DeviceFault: step 4: ")
-        assert "on rank 1" in reason
+        assert "on rank 0, 1" in reason, "of two nobody can tell which"
 
 
 def test_a_rank_that_hangs_ends_all_with_their_stacks(tmp_path, train_data):
     recipe, run = write_recipe(tmp_path), tmp_path / "run"
     started = time.monotonic()
-    knobs = ("run.steps=60", "watchdog.floor_seconds=4", "watchdog.times_median=5")
+    knobs = ("run.steps=60", "watchdog.floor_seconds=15")
     code = train_poisoned(recipe, run, train_data, [("hang", 1, 20, 20, 1)], *knobs)
     assert code == 77
     assert time.monotonic() - started < 300  # the rank would sleep twice as long
@@ -91,7 +91,8 @@ def test_a_rank_that_hangs_ends_all_with_their_stacks(tmp_path, train_data):
     ]
     heads = [json.loads(head) for head, _ in stacks]
     assert [head["steps_done"] for head in heads] == [20, 20]
-    assert "poison_rank.py" in stacks[1][1]
-    assert "poison_rank.py" not in stacks[0][1].split("agree")[0]
+    assert [head["phase"] for head in heads] == ["forward", "forward"]
+    # The one that waits stands in a collective, the one that hangs does not.
+    assert ["collectives.py" in stack for _, stack in stacks] == [True, False]
     assert heads[0]["limit_seconds"] < 300
     assert instants(run, "hang")

@@ -39,7 +39,7 @@ def poison(faults: list[list[Any]], rank: int, global_batch: int) -> None:
         if "hang" in kinds:
             time.sleep(600)
         if "memory" in kinds:
-            next(objective.vision.parameters()).data.view(-1).view(torch.int32)[0] ^= 1
+            next(objective.vision.parameters()).data.view(-1).view(torch.int32)[0] ^= 1 << 20
         handle = infinite_gradient(objective.vision.input_norm) if "gradient" in kinds else None
         output = original(self, batch, *args, **named)
         if handle is not None:
