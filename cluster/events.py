@@ -2,6 +2,8 @@
 
 An event is one JSON line `{"t", "attempt", "rank", "seq", "kind", "name", ...}`: `t` in Unix seconds, `seq`
 counting from 0 within an attempt and rank (a gap is a dropped event), `kind` one of instant, scalar, span.
+`t` is the wall clock as the log found it when it was opened, and goes on by the monotonic clock: a wall clock
+that is set meanwhile moves no event.
 Lines are gathered in memory and a thread writes them as immutable segments
 `events/attempt-0001/rank-00000/segment-000000.jsonl`. The caller never waits for the store and never sees its
 errors.
@@ -20,16 +22,18 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 from cluster.errors import ObjectNotFound
 from cluster.store_base import ObjectStore
 
 _HEADER = ("t", "attempt", "rank", "seq", "kind", "name")
+ENVELOPE = frozenset({*_HEADER, "step"})
+"""What an event says of where and when it was; all else is what it is about."""
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _SEGMENT_EVENTS = 20_000
 _CLOSE_SECONDS = 15.0
@@ -38,6 +42,12 @@ _READERS = 8
 _ATTEMPT = re.compile(r"attempts/attempt-(\d+)\.json")
 
 _log = logging.getLogger(__name__)
+
+
+class Target(Protocol):
+    """Where segments go: a store, or a spool before it."""
+
+    def put(self, key: str, data: bytes) -> None: ...
 
 
 class EventLog:
@@ -50,7 +60,7 @@ class EventLog:
 
     def __init__(
         self,
-        store: ObjectStore,
+        store: Target,
         attempt: int,
         rank: int,
         flush_seconds: float = 1.0,
@@ -61,8 +71,10 @@ class EventLog:
         self._rank = rank
         self._flush_seconds = flush_seconds
         self._capacity = capacity
+        self._clock_offset = time.time() - time.monotonic()
         self._lock = threading.Condition()
         self._lines: deque[str] = deque()
+        self._listeners: list[Callable[[dict[str, Any]], None]] = []
         self._taken = 0
         self._written = 0
         self._next_seq = 0
@@ -84,6 +96,12 @@ class EventLog:
     def dropped(self) -> int:
         """Events that are lost: too many waited, they came after close(), or close() could not write them."""
         return self._dropped + (len(self._lines) if self._ended else 0)
+
+    def subscribe(self, listener: Callable[[dict[str, Any]], None]) -> None:
+        """Call `listener` with every later event, header included, also with those that are dropped here. It
+        is called in the thread that logs, so it must neither wait nor raise."""
+        with self._lock:
+            self._listeners.append(listener)
 
     def instant(self, name: str, **fields: Any) -> None:
         """Something happened now."""
@@ -131,18 +149,22 @@ class EventLog:
         with self._lock:
             seq = self._next_seq
             self._next_seq += 1
+            event = self._event(seq, kind, name, fields)
+            for listener in self._listeners:
+                listener(event)
             if self._closed.is_set() or len(self._lines) >= self._capacity:
                 self._dropped += 1
                 return
-            self._queue(self._encode(seq, kind, name, fields))
+            self._queue(event)
 
-    def _queue(self, line: str) -> None:
-        self._lines.append(line)
+    def _queue(self, event: dict[str, Any]) -> None:
+        self._lines.append(json.dumps(_to_json(event), allow_nan=False, separators=(",", ":")))
         self._taken += 1
 
-    def _encode(self, seq: int, kind: str, name: str, fields: dict[str, Any]) -> str:
-        header = dict(zip(_HEADER, (time.time(), self._attempt, self._rank, seq, kind, name), strict=True))
-        return json.dumps(_to_json({**header, **fields}), allow_nan=False, separators=(",", ":"))
+    def _event(self, seq: int, kind: str, name: str, fields: dict[str, Any]) -> dict[str, Any]:
+        now = self._clock_offset + time.monotonic()
+        header = dict(zip(_HEADER, (now, self._attempt, self._rank, seq, kind, name), strict=True))
+        return {**header, **fields}
 
     def _write_segments(self) -> None:
         while not self._closed.is_set():
@@ -180,7 +202,7 @@ class EventLog:
             self._lock.notify_all()
             if self._dropped > self._reported:
                 count = self._dropped - self._reported
-                self._queue(self._encode(self._next_seq, "instant", "events_dropped", {"count": count}))
+                self._queue(self._event(self._next_seq, "instant", "events_dropped", {"count": count}))
                 self._next_seq += 1
                 self._reported = self._dropped
         return True
@@ -256,7 +278,10 @@ def _decode(line: bytes) -> dict[str, Any] | None:
     numbers = (event["t"], event["attempt"], event["seq"], event["rank"])
     if not all(isinstance(number, int | float) for number in numbers):
         return None
-    return {field: value if field in _HEADER else _from_json(value) for field, value in event.items()}
+    return {
+        field: value if isinstance(value, int | float) or field in _HEADER else _from_json(value)
+        for field, value in event.items()
+    }
 
 
 def _to_json(value: Any) -> Any:
@@ -280,3 +305,26 @@ def _from_json(value: Any) -> Any:
     if isinstance(value, list):
         return [_from_json(item) for item in value]
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def by_attempt(events: Iterable[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    """The events of each attempt, in their order; what belongs to none is left out."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for event in events:
+        if event.get("attempt", 0) > 0:
+            found.setdefault(event["attempt"], []).append(event)
+    return found
+
+
+def live_limits(firsts: Sequence[float]) -> list[float]:
+    """The one rule of what still counts: a stretch of training does up to where a newer one began.
+
+    `firsts` are the lowest steps of the stretches, oldest first. Returns the step of each from which it no
+    longer counts.
+    """
+    limits: list[float] = []
+    bound = float("inf")
+    for first in reversed(firsts):
+        limits.append(bound)
+        bound = min(bound, first)
+    return limits[::-1]

@@ -54,7 +54,7 @@ def run_local(argv: list[str], processes: int, env: dict[str, str] | None) -> in
         **os.environ,
         **(env or {}),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
     }
@@ -184,7 +184,8 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Of the loopback interface; free at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,5 +1,5 @@
-"""What SIGTERM and Ctrl-C do: a flag between two steps, an error in a launcher, the end where nothing is to
-be saved yet."""
+"""What SIGTERM, SIGUSR1 and Ctrl-C do: a flag between two steps, an error in a launcher, the end where
+nothing is to be saved yet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Literal, Self
 from cluster.errors import Interrupted, Preempted
 
 Reason = Literal["interrupted", "preempted"]
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""SIGUSR1 is what batch systems send ahead of a time limit (Slurm: --signal)."""
 
 
 def reason_of(number: int) -> Reason:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import secrets
 import tempfile
+import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -43,6 +45,29 @@ class StoreConfig:
             raise ValueError(f"attempts is {self.attempts}: set store.attempts to 1 or more")
         if not 0 <= self.backoff_seconds < math.inf:
             raise ValueError(f"{self.backoff_seconds} is no delay: set store.backoff_seconds to 0 or more")
+
+
+@dataclass
+class StoreTotals:
+    """What the stores of this process have done; an absent object is no error."""
+
+    requests: int = 0
+    retries: int = 0
+    errors: int = 0
+    seconds: float = 0.0
+    """Retries and their delays included."""
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, attempts: int, seconds: float, *, failed: bool) -> None:
+        """One operation."""
+        with self._lock:
+            self.requests += 1
+            self.retries += max(0, attempts - 1)
+            self.errors += failed
+            self.seconds += seconds
+
+
+TOTALS = StoreTotals()
 
 
 class ObjectInfo(NamedTuple):
@@ -157,10 +182,12 @@ class ObjectStore(ABC):
             wait=wait_random_exponential(self.config.backoff_seconds, _LONGEST_BACKOFF_SECONDS),
             reraise=True,
         )
+        started, failed = time.monotonic(), False
         try:
             return retrying(attempt)
         except Exception as exc:
             fault = self._fault(exc)
+            failed = fault is not Fault.MISSING
             if fault is None:
                 raise
             address = f"{self.uri}/{key}" if key else self.uri
@@ -171,6 +198,9 @@ class ObjectStore(ABC):
             raise StorageUnavailable(
                 f"{address}: {operation} failed after {attempts}: {_one_line(exc)}"
             ) from exc
+        finally:
+            made = retrying.statistics.get("attempt_number", 1)
+            TOTALS.add(made, time.monotonic() - started, failed=failed)
 
 
 def checked_key(key: str) -> str:

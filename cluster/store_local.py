@@ -119,14 +119,7 @@ class LocalStore(ObjectStore):
 
     def _put(self, key: str, fill: Callable[[BinaryIO], object]) -> None:
         target = self._path(key)
-
-        def replace() -> None:
-            with staged(target) as temporary:
-                _write(temporary, fill)
-                temporary.replace(target)
-                _sync_folder(target.parent)
-
-        self._run("put", key, replace)
+        self._run("put", key, lambda: write_whole(target, fill))
 
     def _walk(self, folder: Path, prefix: str) -> Listing:
         found = []
@@ -156,6 +149,15 @@ class LocalStore(ObjectStore):
                 return Fault.MISSING
             return Fault.TRANSIENT if exc.errno in _TRANSIENT else Fault.FATAL
         return None
+
+
+def write_whole(target: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Put what `fill` writes in the place of `target`, on disk before this returns. Raises OSError, and
+    StorageUnavailable where a file is in the way of its folder."""
+    with staged(target) as temporary:
+        _write(temporary, fill)
+        temporary.replace(target)
+        _sync_folder(target.parent)
 
 
 def _raise_unless_absent(exc: OSError) -> None:

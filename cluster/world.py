@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
 
 from cluster.errors import ConfigError
 
@@ -44,6 +48,17 @@ class World:
                 "the global one; set or unset them"
             )
         return cls(rank=rank, size=size, local_rank=local_rank, local_size=local_size)
+
+
+def process_clocks() -> dict[str, str | float | None]:
+    """How a process tells when it began: `process_seconds` since its start, its `monotonic` clock now, and
+    `boot`, the boot of the host in which that clock runs (None where the system does not name it)."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return {
+        "process_seconds": max(0.0, time.time() - psutil.Process().create_time()),
+        "monotonic": time.monotonic(),
+        "boot": boot.read_text().strip() if boot.exists() else None,
+    }
 
 
 def _shown(given: dict[str, str]) -> str:

@@ -1,17 +1,16 @@
-"""One attention call over three kernels: xformers on CUDA, PyTorch's SDPA elsewhere, plain products to check.
+"""One attention call over three kernels: xformers on CUDA, plain products in bf16 on the CPU, PyTorch's SDPA
+elsewhere. (The backward of SDPA takes 4 to 8 times as long there: benchmarks/2026-11-24-step.md.)
 
 Shapes: B batch, L tokens (queries and keys), H heads, D width of one head.
 """
 
 import logging
-from contextlib import nullcontext
 from functools import cache
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Kernel = Literal["xformers", "sdpa", "math"]
 Backend = Literal["auto", "xformers", "sdpa", "math"]
@@ -22,8 +21,9 @@ _logger = logging.getLogger(__name__)
 
 
 @cache
-def resolve_backend(requested: Backend, device_type: str) -> Kernel:
-    """The kernel that a request means on a device type ("cpu", "cuda", ...); chosen and logged once.
+def resolve_backend(requested: Backend, device_type: str, dtype: torch.dtype) -> Kernel:
+    """The kernel that a request means on a device type ("cpu", "cuda", ...) for inputs of a dtype; chosen and
+    logged once for each.
 
     Raises:
         RuntimeError: xformers was asked for and cannot run there.
@@ -33,8 +33,10 @@ def resolve_backend(requested: Backend, device_type: str) -> Kernel:
     usable = device_type == "cuda" and _xformers_importable()
     if requested == "xformers" and not usable:
         raise RuntimeError(f"xformers cannot run on {device_type} here: set model.attention to auto or sdpa")
-    chosen = "xformers" if usable else "sdpa"
-    _logger.info("attention on %s: %s", device_type, chosen)
+    chosen: Kernel = "xformers" if usable else "sdpa"
+    if device_type == "cpu" and dtype == torch.bfloat16:
+        chosen = "math"
+    _logger.info("attention on %s in %s: %s", device_type, dtype, chosen)
     return chosen
 
 
@@ -65,7 +67,7 @@ def attention(
     """Softmax attention with scale D ** -0.5.
 
     Args:
-        backend: kernel, resolved for the device of `q_BLHD`.
+        backend: kernel, resolved for the device and dtype of `q_BLHD`.
         causal: token i sees the tokens up to i.
         keys_BL: bool, True where a key may be seen; not together with `causal`. Every row needs one True.
 
@@ -76,16 +78,27 @@ def attention(
         RuntimeError: see `resolve_backend`.
     """
     assert not (causal and keys_BL is not None), "causal and keys_BL exclude each other"
-    kernel = resolve_backend(backend, q_BLHD.device.type)
+    kernel = resolve_backend(backend, q_BLHD.device.type, q_BLHD.dtype)
     if kernel == "xformers":
         return _xformers_attention(q_BLHD, k_BLHD, v_BLHD, causal, keys_BL)
     mask_B11L = None if keys_BL is None else keys_BL[:, None, None, :]
     q_BHLD, k_BHLD, v_BHLD = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
-    with sdpa_kernel(SDPBackend.MATH) if kernel == "math" else nullcontext():
-        out_BHLD = F.scaled_dot_product_attention(
-            q_BHLD, k_BHLD, v_BHLD, attn_mask=mask_B11L, is_causal=causal
-        )
+    if kernel == "math":
+        return _products(q_BHLD, k_BHLD, v_BHLD, causal, mask_B11L).transpose(1, 2)
+    out_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, attn_mask=mask_B11L, is_causal=causal)
     return out_BHLD.transpose(1, 2)
+
+
+def _products(
+    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, causal: bool, mask_B11L: Tensor | None
+) -> Tensor:
+    length, width = q_BHLD.shape[-2:]
+    scores_BHLL = (q_BHLD * width**-0.5) @ k_BHLD.transpose(-1, -2)
+    if causal:
+        mask_B11L = torch.ones(length, length, dtype=torch.bool, device=q_BHLD.device).tril()
+    if mask_B11L is not None:
+        scores_BHLL = scores_BHLL.masked_fill(~mask_B11L, float("-inf"))
+    return scores_BHLL.softmax(dim=-1) @ v_BHLD
 
 
 def _xformers_attention(

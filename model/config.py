@@ -235,8 +235,8 @@ class ModelConfig:
     contrastive: Literal["softmax", "sigmoid"] = "softmax"
     """Loss over the pairs of the global batch: CLIP's in both directions (the paper's), or SigLIP's."""
     attention: Literal["auto", "xformers", "sdpa", "math"] = "auto"
-    """Attention kernel: auto takes xformers on CUDA where it is installed, PyTorch's SDPA elsewhere; math is
-    plain products, slow and deterministic everywhere."""
+    """Attention kernel: auto takes xformers on CUDA where it is installed, plain products in bf16 on the CPU,
+    PyTorch's SDPA elsewhere; math is plain products, deterministic everywhere."""
     recompute_every: int = 0
     """Backward computes every n-th block again instead of keeping its activations; 1: all of them, 0: none of
     them."""

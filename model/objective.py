@@ -103,7 +103,11 @@ class MaskClip(nn.Module):
 
     def encode_image(self, images_BCHW: Tensor) -> Tensor:
         """[B, 3, H, W] uint8 0..255 or float 0..1 -> [B, E] fp32 unit features."""
-        return self._project(self.image_projection, self.vision(images_BCHW)[:, 0])
+        return self.embed_tokens(self.vision(images_BCHW)[:, 0])
+
+    def embed_tokens(self, tokens_XD: Tensor) -> Tensor:
+        """[..., D] tokens of an image tower after its final norm -> [..., E] fp32 unit features."""
+        return self._project(self.image_projection, tokens_XD)
 
     def encode_text(self, tokens_BL: Tensor) -> Tensor:
         """[B, L] int64 -> [B, E] fp32 unit features."""
@@ -116,8 +120,8 @@ class MaskClip(nn.Module):
         return self.logit_scale.float().clamp(max=math.log(MAX_LOGIT_SCALE)).exp()
 
     @staticmethod
-    def _project(projection: nn.Linear, pooled_BD: Tensor) -> Tensor:
-        return F.normalize(projection(pooled_BD).float(), dim=-1)
+    def _project(projection: nn.Linear, tokens_XD: Tensor) -> Tensor:
+        return F.normalize(projection(tokens_XD).float(), dim=-1)
 
 
 class Objective(MaskClip):
@@ -203,7 +207,7 @@ class Objective(MaskClip):
                 self.seed, batch["epoch"], batch["id"], vision.num_patches, self.config.num_kept
             )
         tokens_BPD = self.vision(batch["image"], kept_BV, self._branch_factors(batch, visible=False))
-        return self._project(self.image_projection, tokens_BPD[:, 0])
+        return self.embed_tokens(tokens_BPD[:, 0])
 
     def _branch_factors(self, batch: Mapping[str, Tensor], *, visible: bool) -> Tensor | None:
         vision = self.config.vision

@@ -99,17 +99,19 @@ class Verdict:
     preempted: bool
     ids_digest: str
     """Hash of the (slot, sample id) pairs of the global batch; the same at any world size."""
-    loss: float = 0.0
+    work_seconds: tuple[float, ...]
+    """Of each rank, by rank: how long it has worked on the step before (`WorkClock`)."""
+    loss: float
     """Of the global batch."""
-    others: tuple[int, ...] = ()
+    others: tuple[int, ...]
     """Sums over the ranks of what else they had to say."""
-    measured: tuple[int, ...] = ()
+    measured: tuple[int, ...]
     """Likewise, of what lay on the device."""
 
 
 def peer_lost(error: BaseException) -> Hang | None:
     """A collective that failed because another rank is gone, as the error that it is; else None."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "NCCL")
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):
         return Hang("lost the connection to another rank; if that one gave no reason, run again")
     return None
@@ -120,15 +122,17 @@ def agree(
     total: torch.Tensor,
     batch: dict[str, torch.Tensor],
     stop_reason: str | None,
+    work_seconds: float,
     others: tuple[int, ...],
     measured: torch.Tensor,
 ) -> Verdict:
     """One small all-reduce, and the one time that a step waits for the device: non-finite loss anywhere? stop
-    asked anywhere? which samples?
+    asked anywhere? which samples? how long has each rank worked?
 
     Args:
         loss: this rank's share, scalar.
         total: loss of the global batch, fp32 scalar, the same on all ranks.
+        work_seconds: of this rank; see `WorkClock`.
         others: whatever else is to be summed.
         measured: int64 [n] on the device, likewise.
     """
@@ -137,15 +141,20 @@ def agree(
     # The first rank's total goes as its bits, so a sum leaves it as it is.
     bits = total.detach().reshape(1).view(torch.int32)[0] * int(dist.get_rank() == 0)
     found = torch.stack([~torch.isfinite(loss.detach()).all(), bits, pairs.sum()]).to(torch.int64)
-    said = torch.tensor([int(stop_reason == "interrupted"), int(stop_reason == "preempted"), *others])
+    micros_W = [0] * dist.get_world_size()
+    micros_W[dist.get_rank()] = round(1e6 * work_seconds)
+    asked = [int(stop_reason == reason) for reason in ("interrupted", "preempted")]
+    said = torch.tensor([*asked, *micros_W, *others], dtype=torch.int64)
     votes = torch.cat([found, said.to(loss.device), measured])
     dist.all_reduce(votes)
     non_finite, total_bits, digest, interrupted, preempted, *rest = votes.tolist()
+    micros_W, rest = rest[: len(micros_W)], rest[len(micros_W) :]
     return Verdict(
         non_finite,
         interrupted > 0,
         preempted > 0,
         ids_digest=f"{digest & 0xFFFFFFFFFFFFFFFF:016x}",
+        work_seconds=tuple(1e-6 * micros for micros in micros_W),
         loss=struct.unpack("f", struct.pack("i", total_bits))[0],
         others=tuple(rest[: len(others)]),
         measured=tuple(rest[len(others) :]),

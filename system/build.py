@@ -3,20 +3,22 @@
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from cluster.errors import ConfigError, Hang
+from cluster.event_spool import Spool
 from cluster.events import EventLog, claim_attempt
 from cluster.stop import StopRequest
 from cluster.store import ObjectStore
 from cluster.watchdog import Watchdog
-from cluster.world import World
+from cluster.world import World, process_clocks
 from data_pipeline.image.augment import AugmentConfig
 from data_pipeline.loading.loader import Loader
 from data_pipeline.loading.order import OrderConfig
@@ -33,7 +35,10 @@ from system.engine.teacher_state import ShardedTeacher
 from system.evaluation.training import TrainingEvaluation
 from system.export.initial_weights import fill, initial_weights
 from system.health.monitor import Health
+from system.observe import step_sources
 from system.run_folder import claim_run, describe_run
+from system.sinks.config import TelemetryConfig
+from system.sinks.feed import Feed
 from system.trainer import Trainer
 
 JOIN_SECONDS = 300.0
@@ -119,13 +124,21 @@ def build_engine(
 
 
 @contextmanager
-def open_event_log(run: ObjectStore, world: World, flush_seconds: float) -> Iterator[EventLog]:
+def open_event_log(
+    run: ObjectStore, world: World, flush_seconds: float, telemetry: TelemetryConfig | None = None
+) -> Iterator[EventLog]:
+    """The log of this rank in a new attempt, by way of the spool if `telemetry` names one."""
     attempt = on_rank_zero(lambda: claim_attempt(run))
-    events = EventLog(run, attempt, world.rank, flush_seconds)
+    spool = telemetry.spool if telemetry is not None else ""
+    target = Spool(Path(spool), run, world.rank, telemetry.spool_bytes) if telemetry and spool else run
+    events = EventLog(target, attempt, world.rank, flush_seconds)
+    events.instant("attempt_opened", **process_clocks())
     try:
         yield events
     finally:
         events.close()
+        if isinstance(target, Spool):
+            target.close()
 
 
 @contextmanager
@@ -136,6 +149,7 @@ def build_trainer(
     events: EventLog,
     watchdog: Watchdog,
     stop: StopRequest,
+    feeds: Sequence[Feed],
 ) -> Iterator[tuple[Trainer, Loader]]:
     """A trainer at step 0 and the loader that feeds it. Call `Trainer.resume` next."""
     loader = build_loader(config, world)
@@ -144,11 +158,27 @@ def build_trainer(
     engine, teacher = build_engine(config, world, initial.parameters)
     description = describe_run(config, loader.manifest_digest, initial.digest)
     checkpointer = Checkpointer(run, engine, teacher, events, description, config.checkpoint)
-    with Console(config.run.steps, active=world.rank == 0) as console:
+    with (
+        Console(config.run.steps, active=world.rank == 0) as console,
+        step_sources(config, loader, events, feeds) as sources,
+    ):
+        events.subscribe(console.event)
         comm = DistributedCollectives()
         evaluation = TrainingEvaluation(config, engine, teacher, events, console)
         health = Health(config, run, engine, teacher, events, console, watchdog)
         yield (
-            Trainer(config, engine, teacher, comm, checkpointer, events, console, health, stop, evaluation),
+            Trainer(
+                config,
+                engine,
+                teacher,
+                comm,
+                checkpointer,
+                events,
+                console,
+                health,
+                stop,
+                evaluation,
+                sources,
+            ),
             loader,
         )

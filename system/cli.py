@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from cluster.errors import ConfigError, Hang, MaskClipError, exit_code_of
 from cluster.stop import end_at_once, stop_raises
-from system import commands, dataset_commands
+from system import batch_commands, commands, dataset_commands
 from system.checkpoints import commands as checkpoint_commands
 from system.checkpoints import upkeep as checkpoint_upkeep
 
@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         summary: str,
         positional: Sequence[tuple[str, str]] = (),
         settings: str = "",
-    ) -> None:
+    ) -> argparse.ArgumentParser:
         sub = where.add_parser(name, help=summary, description=summary)
         sub.settings = "" if settings == RECIPE else settings
         for argument, meaning in positional:
@@ -79,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("knobs", nargs="*", default=[], metavar="key=value", help=knobs)
         sub.add_argument("--json", action="store_true", help="print one JSON document on stdout")
         sub.set_defaults(handler=handler, no_settings=not settings)
+        return sub
 
     recipe, run = ("recipe", "path of a YAML recipe"), ("run", "run folder: local path or s3://bucket/prefix")
     command(
@@ -121,15 +122,48 @@ def build_parser() -> argparse.ArgumentParser:
         [run],
         "system.commands:ReportConfig",
     )
+    command(
+        groups,
+        "dashboard",
+        commands.dashboard,
+        "live page of a run or of a folder of runs",
+        [("uri", "run folder, or a folder of them: local path or s3://bucket/prefix")],
+        "system.dashboard.serve:DashboardConfig",
+    )
     summary = "print a recipe as it would run, checked"
     command(groups, "config", commands.show_config, summary, [recipe], RECIPE)
+    summary = "memory, time, bandwidth and checkpoints of a recipe on other machines"
+    command(groups, "plan", batch_commands.plan, summary, [recipe], "system.planning.plan:PlanConfig")
+    command(
+        groups,
+        "simulate",
+        batch_commands.simulation,
+        "goodput over checkpoint interval and cluster size, from what a run has measured",
+        [("run?", "run folder: local path or s3://bucket/prefix; none: give all costs")],
+        "system.planning.simulation:SimulateConfig",
+    )
+    kinds = groups.add_parser("render", help="files for what runs a training or watches it").add_subparsers(
+        dest="kind", required=True, metavar="KIND", parser_class=_Parser
+    )
+    for kind, what in (
+        ("slurm", "Slurm script that requeues itself"),
+        ("kuberay", "KubeRay RayJob"),
+        ("ray-up", "cluster file for `ray up`"),
+    ):
+        command(kinds, kind, batch_commands.render_job, what, [recipe], "cluster.render:JobConfig")
+    folder = ("output", "folder for the files")
+    for kind, what in (
+        ("prometheus", "scrape configuration, alert rules and Alertmanager"),
+        ("grafana", "dashboards and their provisioning"),
+    ):
+        command(kinds, kind, batch_commands.render_monitoring, what, [folder])
     command(
         groups,
         "doctor",
         commands.doctor,
         "check this machine, and a store if its URI is given",
         [("uri?", "store to check: local path or s3://bucket/prefix")],
-    )
+    ).add_argument("--cluster", action="store_true", help="check all nodes of the Ray cluster at RAY_ADDRESS")
     command(
         groups,
         "demo",

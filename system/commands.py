@@ -40,6 +40,8 @@ class Result:
 class ReportConfig:
     output: str = "report.html"
     """Where the HTML page goes."""
+    compare: str | None = None
+    """Another run to show beside it: local path or s3://bucket/prefix."""
 
 
 @dataclass
@@ -140,7 +142,8 @@ def train_config(recipe: str, overrides: list[str]) -> "TrainConfig":
 
 def evaluate(args: Args) -> Result:
     from system.evaluation.evaluate import EvaluateConfig, evaluations
-    from system.evaluation.view import render, render_several
+    from system.evaluation.view import render as view
+    from system.evaluation.view import render_several
 
     config = knobs(args, EvaluateConfig)
     with progress_bar("encoded") as bar:
@@ -148,7 +151,7 @@ def evaluate(args: Args) -> Result:
             evaluations(args.run, config, lambda state: bar(state["done"], state["total"], state["stage"]))
         )
     data: Any = {"run": args.run, "results": results} if config.several else results[0]
-    text = render_several(results) if config.several else render(results[0])
+    text = render_several(results) if config.several else view(results[0])
     if config.output is not None:
         from system.evaluation.figures import write_scores
 
@@ -165,11 +168,22 @@ def export(args: Args) -> Result:
 
 
 def report(args: Args) -> Result:
-    from system.report.report import load_run, summary, write_report
+    from system.report.report import summary, write_report
+    from system.report.story import load_run
 
     config = knobs(args, ReportConfig)
     record = load_run(open_store(args.run))
-    return Result(write_report(record, Path(config.output)), summary(record.history))
+    other = load_run(open_store(config.compare)) if config.compare else None
+    return Result(write_report(record, Path(config.output), other), summary(record, other))
+
+
+def dashboard(args: Args) -> Result:
+    from system.dashboard.serve import DashboardConfig, serve
+
+    config = knobs(args, DashboardConfig)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    serve(args.uri, config, lambda address: console.print(f"{args.uri} at {address}  (Ctrl-C ends it)"))
+    return Result({"uri": args.uri}, f"{args.uri}: the dashboard has ended")
 
 
 def show_config(args: Args) -> Result:
@@ -194,7 +208,10 @@ def show_config(args: Args) -> Result:
 
 
 def doctor(args: Args) -> Result:
-    from system.doctor import run_checks
+    if args.cluster:
+        from system.cluster_doctor import run_cluster_checks as run_checks
+    else:
+        from system.doctor import run_checks
 
     checks = run_checks(args.uri)
     failed = [check for check in checks if check.status == "fail"]

@@ -24,6 +24,7 @@ from system.checkpoints.config import CheckpointConfig
 from system.evaluation.config import EvaluationConfig
 from system.health.config import HealthConfig
 from system.recipe import apply_overrides, build_config, read_recipe
+from system.sinks.config import TelemetryConfig
 
 # Keys that may differ between the attempts of one run; everything else is the run's identity.
 FREE_KEYS = (
@@ -41,6 +42,7 @@ FREE_KEYS = (
     "evaluation",
     "health",
     "watchdog",
+    "telemetry",
     "store",
 )
 
@@ -266,6 +268,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
 
 

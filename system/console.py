@@ -1,6 +1,6 @@
-"""What a person sees of a training run: a live bar on a terminal, plain lines in a log file. Writes to
-stderr only."""
+"""What a person sees of a long command, on stderr only: the training run, and the bars of the others."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,57 +8,47 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-PLAIN_EVERY_SECONDS = 10.0
+from system.sinks.feed import Event, Feed
+from system.sinks.panel import PLAIN_EVERY_SECONDS, SAY, WARN, PanelSink
+
+_WAITING = 10_000
+_log = logging.getLogger(__name__)
 
 
 class Console:
-    """Progress of one attempt; silent on all ranks but the first."""
+    """Progress of one attempt; silent on all ranks but the first. Nothing here waits for the terminal."""
 
     def __init__(self, total_steps: int, *, active: bool) -> None:
-        self._rich = RichConsole(stderr=True, quiet=not active, highlight=False)
-        self._live = self._rich.is_terminal and active
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            console=self._rich,
-        )
-        self._task = self._progress.add_task("steps", total=total_steps, numbers="")
-        self._total = total_steps
-        self._last_line = float("-inf")
+        self._total, self._active = total_steps, active
+        self._feed: Feed | None = None
 
     def __enter__(self) -> Self:
-        if self._live:
-            self._progress.start()
+        if self._active:
+            self._feed = Feed("console", lambda: PanelSink(self._total), _WAITING, _log_trouble)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live:
-            self._progress.stop()
+        if self._feed is not None:
+            self._feed.close()
 
     def say(self, message: str) -> None:
-        self._rich.print(message, markup=False, soft_wrap=True)
+        self.event({"name": SAY, "text": message})
 
     def warn(self, message: str) -> None:
-        self._rich.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+        self.event({"name": WARN, "text": message})
 
-    def step(self, step: int, values: dict[str, float]) -> None:
-        waited = values["data_seconds"] / (values["data_seconds"] + values["step_seconds"])
-        numbers = (
-            f"loss {values['loss']:.4f}  grad {values['grad_norm']:.2f}  "
-            f"{values['pairs_per_second']:.1f} pairs/s  data {waited:.0%}"
-        )
-        if self._live:
-            self._progress.update(self._task, completed=step, numbers=numbers)
-        elif step == self._total or time.monotonic() - self._last_line > PLAIN_EVERY_SECONDS:
-            self._last_line = time.monotonic()
-            self.say(f"step {step}/{self._total}  {numbers}")
+    def event(self, event: Event) -> None:
+        """Show what an event of the run says; subscribe this to the event log."""
+        if self._feed is not None:
+            self._feed.offer(event)
+
+
+def _log_trouble(name: str, reason: str) -> None:
+    _log.warning("%s: %s", name, reason)
 
 
 @contextmanager

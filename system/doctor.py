@@ -25,6 +25,7 @@ from packaging.requirements import Requirement
 from cluster.errors import MaskClipError
 from cluster.store import ObjectStore, StoreConfig, open_store
 from model.attention import is_deterministic, resolve_backend
+from system.gpu_health import QUERY, reported, wrong_sums
 
 DISTRIBUTION = "maskclip"
 SUPPORTED_PYTHON = ((3, 11), (3, 12))
@@ -60,6 +61,7 @@ def run_checks(uri: str | None = None) -> list[Check]:
         _packages,
         _compiler,
         _torch,
+        _gpu_health,
         _deepspeed,
         lambda: _disk(uri),
         _shared_memory,
@@ -138,12 +140,12 @@ def _torch() -> list[Check]:
         bf16 = "with" if torch.cuda.is_bf16_supported() else "without"
         checks.append(Check("gpu", "ok", f"{len(names)} x {names[0]}, {bf16} bf16"))
         device = torch.device("cuda")
-    backend = resolve_backend("auto", device.type)
+    backend = resolve_backend("auto", device.type, torch.bfloat16)
     if device.type == "cuda" and backend != "xformers":
         fix = "install xformers built for this torch, its memory-efficient attention is faster"
-        checks.append(Check("attention", "warn", f"{backend} on {device.type}", fix))
+        checks.append(Check("attention", "warn", f"{backend} on {device.type} in bf16", fix))
     else:
-        checks.append(Check("attention", "ok", f"{backend} on {device.type}"))
+        checks.append(Check("attention", "ok", f"{backend} on {device.type} in bf16"))
     if is_deterministic(backend, device.type):
         checks.append(Check("determinism", "ok", f"{backend} attention repeats its gradients to the bit"))
     else:
@@ -151,6 +153,17 @@ def _torch() -> list[Check]:
         fix = "only where a run must repeat to the bit: set model.attention to math (docs/numerics.md)"
         checks.append(Check("determinism", "ok", detail, fix))
     return checks
+
+
+def _gpu_health() -> list[Check]:
+    if not torch.cuda.is_available():
+        return []
+    driver = _run(QUERY, seconds=30)
+    problems = wrong_sums() | ({} if isinstance(driver, str) else reported(driver.stdout))
+    if not problems:
+        return [Check("gpu health", "ok", "no memory errors, no throttling, products repeat to the bit")]
+    detail = "; ".join(f"GPU {index}: {found}" for index, found in problems.items())
+    return [Check("gpu health", "fail", detail, "leave this node out and have the GPU replaced")]
 
 
 def _torch_build() -> str:

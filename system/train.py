@@ -16,6 +16,7 @@ from system.agreement import lost_peers_named, on_rank_zero, same_on_all_ranks, 
 from system.build import build_trainer, open_event_log, process_group
 from system.config import TrainConfig, digest, to_dict
 from system.health.skips import recorded
+from system.observe import open_telemetry
 
 
 def train(config: TrainConfig) -> None:
@@ -31,11 +32,12 @@ def train(config: TrainConfig) -> None:
         stop_if_asked(stop)
         run = open_store(config.run.uri, config.store)
         with (
-            open_event_log(run, world, config.run.event_seconds) as events,
+            open_event_log(run, world, config.run.event_seconds, config.telemetry) as events,
+            open_telemetry(config, world, events) as feeds,
             end_logged(events),
             lost_peers_named(stop),
             Watchdog(config.watchdog, run, world, events) as watchdog,
-            build_trainer(config, world, run, events, watchdog, stop) as (trainer, loader),
+            build_trainer(config, world, run, events, watchdog, stop, feeds) as (trainer, loader),
         ):
             resumed = trainer.resume(on_rank_zero(lambda: recorded(run)))
             stop_if_asked(stop)
@@ -46,7 +48,12 @@ def train(config: TrainConfig) -> None:
                 precision=config.engine.precision,
                 resumed_step=resumed,
                 skipped_windows=trainer.skipped,
+                dataset_samples=loader.num_samples,
+                dataset_shards=loader.num_shards,
+                dataset_rejects=loader.num_rejects,
             )
+            if world.rank == 0:
+                events.instant("attempt_config", config=to_dict(config))
             steps, quarantined = (trainer.steps_done, config.run.steps), partial(_tell_bad_sample, events)
             with closing(loader.batches(*steps, trainer.skipped, quarantined)) as batches:
                 trainer.fit(batches)

@@ -7,11 +7,10 @@ attempt ends, and the next one goes on from the newest checkpoint without these 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from cluster.errors import CheckpointIncompatible, Interrupted, Preempted, StorageUnavailable
@@ -19,19 +18,21 @@ from cluster.events import EventLog
 from cluster.stop import StopRequest
 from data_pipeline.loading.loader import Batch
 from data_pipeline.loading.order import window_of
-from model.losses import Collectives
 from model.objective import Output
 from system.agreement import Verdict, agree
 from system.checkpoints.checkpointer import Checkpointer, SaveVotes
 from system.config import TrainConfig
 from system.console import Console
 from system.engine.accumulate import Accumulator
+from system.engine.collectives import DistributedCollectives
 from system.engine.engine import Engine, StepOutcome
+from system.engine.norms import TowerNorms
 from system.engine.teacher_state import ShardedTeacher
 from system.health import skips
 from system.health.monitor import Health
 from system.health.spikes import ratios
 from system.schedules import Scheduled, at
+from system.telemetry.recorder import Source, StepRecorder
 
 
 class Trainer:
@@ -40,26 +41,30 @@ class Trainer:
         config: TrainConfig,
         engine: Engine,
         teacher: ShardedTeacher,
-        comm: Collectives,
+        comm: DistributedCollectives,
         checkpointer: Checkpointer,
         events: EventLog,
         console: Console,
         health: Health,
         stop: StopRequest,
         after_step: Callable[[int], None],
+        sources: Sequence[Source] = (),
     ) -> None:
-        """`after_step` is called with the number of applied steps once the step is done, by all ranks."""
+        """`after_step` is called with the number of applied steps once the step is done, by all ranks;
+        `sources` add to what the first rank records of a step."""
         self.config, self.after_step = config, after_step
         self.engine, self.teacher, self.comm = engine, teacher, comm
         self.accumulator = Accumulator(engine, config.engine.accumulation)
         self.checkpointer, self.events, self.console, self.stop = checkpointer, events, console, stop
         self.health = health
+        self.recorder = StepRecorder(events, config, comm.size, sources)
+        self.norms = TowerNorms(engine, teacher, config.telemetry.norms_every)
         self.steps_done = 0
         self.refused_steps = 0
         self.skipped: tuple[int, ...] = ()
         """Slot windows that no step consumes; see `health.skips`."""
 
-    def resume(self, records: list[dict[str, Any]] | None = None) -> int | None:
+    def resume(self, records: Sequence[dict[str, Any]] = ()) -> int | None:
         """Restore the newest checkpoint. Returns the step resumed from, None for a new run.
 
         Args:
@@ -75,7 +80,7 @@ class Trainer:
                 f"{restored.meta['slot']}, this configuration at {slot}; keep data.global_batch"
             )
         self.steps_done = restored.step
-        self.skipped = skips.skipped_windows(restored.meta, restored.step, records or [])
+        self.skipped = skips.skipped_windows(restored.meta, restored.step, records)
         self.refused_steps = restored.meta.get("refused_steps", 0)
         self.engine.set_loss_scaling(restored.meta.get("loss_scaling"))
         return restored.step or None
@@ -135,11 +140,12 @@ class Trainer:
     def step(self, batch: Batch, data_seconds: float) -> tuple[Verdict, StepOutcome]:
         """Forward, agree, backward, apply, teacher: one step of the run, or one counted refusal."""
         started = time.perf_counter()
-        batch = {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in batch.items()}
+        self.comm.clock.start(data_seconds)
+        placed = {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in batch.items()}
         scheduled, phase = at(self.steps_done, self.config), self.health.watchdog.at
         phase("forward")
         output = self.accumulator.forward(
-            batch,
+            placed,
             teacher=self.teacher.module,
             teacher_temperature=scheduled.teacher_temperature,
             comm=self.comm,
@@ -147,7 +153,13 @@ class Trainer:
         votes = self.checkpointer.votes(self.steps_done + 1)
         phase("agreement")
         verdict = agree(
-            output.loss, output.total, batch, self.stop.reason, astuple(votes), self.health.measured()
+            output.loss,
+            output.total,
+            placed,
+            self.stop.reason,
+            self.comm.clock.seconds,
+            astuple(votes),
+            self.health.measured(),
         )
         self.health.judge(self.steps_done, self.skipped, verdict)
         phase("backward and update")
@@ -155,18 +167,19 @@ class Trainer:
         if verdict.non_finite_ranks:
             self.engine.discard(output.loss)
         else:
-            outcome = self.engine.step(output.loss, scheduled.lr)
+            outcome = self.engine.step(output.loss, scheduled.lr, self.norms.measurement(self.steps_done))
         if outcome.applied:
             phase("teacher")
             self.teacher.update(
                 scheduled.momentum, output.centre_K, self.config.model.distill.centre_momentum
             )
             self.steps_done += 1
-            self.record(output, verdict, outcome, scheduled, data_seconds, time.perf_counter() - started)
+            times = {"data_seconds": data_seconds, "step_seconds": time.perf_counter() - started}
+            self.record(output, verdict, outcome, scheduled, batch, times)
         else:
             self.refused_steps += 1
-            temperature = scheduled.teacher_temperature
-            self.health.refused(self.steps_done, batch, output.loss, temperature, verdict, outcome)
+            times = {"data_seconds": data_seconds, "step_seconds": time.perf_counter() - started}
+            self.health.refused(self.steps_done, placed, output.loss, scheduled, verdict, outcome, times)
         return verdict, outcome
 
     def counters(self) -> dict[str, Any]:
@@ -186,32 +199,27 @@ class Trainer:
         verdict: Verdict,
         outcome: StepOutcome,
         scheduled: Scheduled,
-        data_seconds: float,
-        step_seconds: float,
+        batch: Batch,
+        times: dict[str, float],
     ) -> None:
         """One scalar event per applied step; `step` counts applied steps, so the first is 1."""
+        tensors = {"loss": output.total, **output.terms, **output.metrics, **self.norms.collect()}
         if dist.get_rank() != 0:
             return
-        named = {"loss": output.total, **output.terms, **output.metrics}
-        values = dict(
-            zip(named, torch.stack([value.reshape(()) for value in named.values()]).tolist(), strict=True)
-        )
-        batch = self.config.data.global_batch
-        values |= {
+        values = {
             "lr": scheduled.lr,
             "teacher_momentum": scheduled.momentum,
+            "teacher_temperature": scheduled.teacher_temperature,
             "grad_norm": outcome.grad_norm,
-            "pairs_per_second": batch / (step_seconds + data_seconds),
-            "data_seconds": data_seconds,
-            "step_seconds": step_seconds,
+            "loss_scale": outcome.loss_scale,
+            "slot": window_of(self.steps_done - 1, self.skipped) * self.config.data.global_batch,
+            "ids_digest": verdict.ids_digest,
+            **{f"moment_ratio_{tower}": ratio for tower, ratio in ratios(verdict.measured).items()},
             **self.checkpointer.gauges(),
         }
-        if outcome.loss_scale is not None:
-            values["loss_scale"] = outcome.loss_scale
-        values |= {f"moment_ratio_{tower}": ratio for tower, ratio in ratios(verdict.measured).items()}
-        slot = window_of(self.steps_done - 1, self.skipped) * batch
-        self.events.scalar(self.steps_done, slot=slot, ids_digest=verdict.ids_digest, **values)
-        self.console.step(self.steps_done, values)
-        problem = self.checkpointer.check_first_loss(self.steps_done, values["loss"])
+        recorded = self.recorder.record(
+            self.steps_done, tensors, values, verdict.work_seconds, batch["tokens"], **times
+        )
+        problem = self.checkpointer.check_first_loss(self.steps_done, recorded["loss"])
         if problem:
             self.console.warn(problem)

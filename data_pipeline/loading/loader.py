@@ -95,6 +95,9 @@ class Loader:
         parts = (MixPart(uri=data, weight=1),) if isinstance(data, str) else tuple(data)
         datasets = [load_dataset(part.uri) for part in parts]
         self.num_samples = sum(dataset.num_samples for dataset in datasets)
+        self.num_shards = sum(len(dataset.shards) for dataset in datasets)
+        self.num_rejects = sum(dataset.counts.get("dropped", 0) for dataset in datasets)
+        """Rows that preprocessing has dropped."""
         self.manifest_digest = mix_digest(
             [dataset.digest for dataset in datasets], [part.weight for part in parts]
         )

@@ -2,6 +2,7 @@
 
     python examples/emoji/build_emoji.py            # rebuild train/, eval/ and emoji.sha256 in place
     python examples/emoji/build_emoji.py --check    # rebuild elsewhere and compare with emoji.sha256
+    python examples/emoji/build_emoji.py --every build/emoji-all    # every concept, elsewhere; not committed
 
 The layout is the one that img2dataset writes with `output_format=webdataset`: per shard a tar with
 `<key>.png|jpg`, `<key>.txt`, `<key>.json`, a parquet table of the same rows and a `_stats.json`. Nothing is
@@ -37,6 +38,7 @@ VERSIONS = {
     "@lobehub/fluent-emoji-3d": "1.1.0",
     "cldr-annotations-full": "48.2.0",
 }
+FLUENT = "@lobehub/fluent-emoji-3d"
 TRAIN_STYLES = ("google", "twitter")
 SAMPLES_PER_SHARD = 100
 EVAL_SIDE = 128
@@ -70,23 +72,56 @@ def keyed(*parts: str) -> int:
     return int.from_bytes(hashlib.sha256("/".join(parts).encode()).digest()[:8], "big")
 
 
-def load_concepts(packages: Path) -> list[Concept]:
-    """The concepts of concepts.txt with their CLDR words; SystemExit when a name differs."""
-    table = packages / "cldr-annotations-full/annotations/en/annotations.json"
-    words = json.loads(table.read_text("utf-8"))["annotations"]["annotations"]
-    concepts = []
-    for line in (HERE / "concepts.txt").read_text("utf-8").splitlines():
-        code, name = line.split(" ", 1)
+class Words:
+    """CLDR's English names and keywords, by code."""
+
+    def __init__(self, packages: Path) -> None:
+        self.table = packages / "cldr-annotations-full/annotations/en/annotations.json"
+        self._entries = json.loads(self.table.read_text("utf-8"))["annotations"]["annotations"]
+
+    def concept(self, code: str) -> Concept | None:
+        """None for what CLDR does not name: flags, and most of what is joined of several code points."""
         text = "".join(chr(int(point, 16)) for point in code.split("-"))
-        entry = words.get(text) or words.get(text.replace("\ufe0f", ""))
-        if entry is None or entry["tts"][0] != name:
-            raise SystemExit(f"concepts.txt: {code} is not called {name!r} in {table}")
+        entry = self._entries.get(text) or self._entries.get(text.replace("\ufe0f", ""))
+        if entry is None:
+            return None
+        name = entry["tts"][0]
         known = set(name.lower().split())
         keywords = tuple(word for word in entry["default"] if not set(word.lower().split()) <= known)
-        concepts.append(Concept(code, name, keywords))
+        return Concept(code, name, keywords)
+
+
+def load_concepts(packages: Path) -> list[Concept]:
+    """The concepts of concepts.txt with their CLDR words; SystemExit when a name differs."""
+    words, concepts = Words(packages), []
+    for line in (HERE / "concepts.txt").read_text("utf-8").splitlines():
+        code, name = line.split(" ", 1)
+        concept = words.concept(code)
+        if concept is None or concept.name != name:
+            raise SystemExit(f"concepts.txt: {code} is not called {name!r} in {words.table}")
+        concepts.append(concept)
     if len({concept.name for concept in concepts}) != len(concepts):
         raise SystemExit("concepts.txt: a short name occurs twice; an eval caption must name one concept")
     return concepts
+
+
+def every_concept(packages: Path) -> list[Concept]:
+    """All that CLDR names and all three styles draw, by code; of those with the same name or the same eval
+    picture the first."""
+    words, found, seen = Words(packages), dict[str, Concept](), set[bytes]()
+    for picture in sorted((packages / "emoji-datasource-google/img/google/64").glob("*.png")):
+        concept = words.concept(picture.stem)
+        if concept is None or concept.name in found:
+            continue
+        twitter = packages / f"emoji-datasource-twitter/img/twitter/64/{picture.name}"
+        fluent = fluent_file(packages, concept)
+        if not twitter.exists() or fluent is None:
+            continue
+        drawn = (packages / FLUENT / fluent).read_bytes()
+        if drawn not in seen:
+            seen.add(drawn)
+            found[concept.name] = concept
+    return list(found.values())
 
 
 def train_caption(concept: Concept, style: str) -> str:
@@ -108,10 +143,16 @@ def train_picture(packages: Path, concept: Concept, style: str) -> Picture:
     return Picture(concept, style, train_caption(concept, style), url, "png", image, image, size, size)
 
 
-def eval_picture(packages: Path, concept: Concept) -> Picture:
-    package = "@lobehub/fluent-emoji-3d"
+def fluent_file(packages: Path, concept: Concept) -> str | None:
+    """The picture's path inside its package; None where there is none."""
     candidates = (f"assets/{code}.webp" for code in (concept.code, concept.code.replace("-fe0f", "")))
-    inside = next(path for path in candidates if (packages / package / path).exists())
+    return next((path for path in candidates if (packages / FLUENT / path).exists()), None)
+
+
+def eval_picture(packages: Path, concept: Concept) -> Picture:
+    package, inside = FLUENT, fluent_file(packages, concept)
+    if inside is None:
+        raise SystemExit(f"{concept.code}: {package} does not draw it")
     original = (packages / package / inside).read_bytes()
     with Image.open(io.BytesIO(original)) as picture:
         original_size = picture.size
@@ -173,13 +214,11 @@ def write_set(folder: Path, pictures: list[Picture]) -> None:
         write_shard(folder, number, ordered[start : start + SAMPLES_PER_SHARD])
 
 
-def build(packages: Path, out: Path) -> int:
-    """Write out/train, out/eval and out/emoji.sha256; returns the number of concepts."""
-    concepts = load_concepts(packages)
+def build(packages: Path, out: Path, concepts: list[Concept]) -> None:
+    """Write out/train, out/eval and out/emoji.sha256."""
     write_set(out / "train", [train_picture(packages, c, style) for c in concepts for style in TRAIN_STYLES])
     write_set(out / "eval", [eval_picture(packages, c) for c in concepts])
     (out / SUMS).write_text("".join(checksums(out)), "utf-8")
-    return len(concepts)
 
 
 def checksums(out: Path) -> Iterator[str]:
@@ -202,14 +241,17 @@ def install_packages(folder: Path) -> Path:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Rebuild the emoji demo data.")
     parser.add_argument("--packages", type=Path, help="a node_modules that holds the packages already")
-    parser.add_argument("--check", action="store_true", help="compare with emoji.sha256, change nothing")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--check", action="store_true", help="compare with emoji.sha256, change nothing")
+    where.add_argument("--every", type=Path, metavar="FOLDER", help="build every concept into FOLDER")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         packages = args.packages or install_packages(Path(scratch) / "npm")
-        out = Path(scratch) / "out" if args.check else HERE
-        count = build(packages, out)
+        out = Path(scratch) / "out" if args.check else args.every or HERE
+        concepts = every_concept(packages) if args.every else load_concepts(packages)
+        build(packages, out, concepts)
         size = sum(path.stat().st_size for part in ("train", "eval") for path in (out / part).iterdir())
-        print(f"{count} concepts, {size / 1e6:.2f} MB")
+        print(f"{len(concepts)} concepts, {size / 1e6:.2f} MB")
         if args.check and (out / SUMS).read_text("utf-8") != (HERE / SUMS).read_text("utf-8"):
             raise SystemExit(f"the rebuilt data differ from {SUMS}: are Pillow and pyarrow the locked ones?")
     return 0

@@ -8,10 +8,11 @@ how many ranks wrote it, or DeepSpeed.
 
 import hashlib
 import json
+import math
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -28,8 +29,12 @@ Kind = Literal["master", "exp_avg", "exp_avg_sq", "teacher"]
 _STEP_FOLDER = re.compile(r"^step-(\d{9})/manifest\.json$")
 _MERGE_GAP = 1 << 20
 """Ranges of a file that lie closer than this many bytes are fetched in one request."""
+_LARGEST_READ = 8 << 20
+"""Bytes of one request, so that what is read takes little memory beside what is filled."""
 _LARGEST_HEADER = 100 << 20
 """Bytes; the limit of the safetensors library."""
+HEADER_ERRORS = (ValueError, KeyError, TypeError, AttributeError)
+"""What reading a damaged header raises."""
 
 Run = tuple[str, str, int, int]
 """kind, parameter, start, length."""
@@ -128,22 +133,32 @@ Index = list[tuple[str, str, Piece]]
 """(kind, parameter, piece) of every tensor of a file."""
 
 
+def read_header(source: Source, file: str) -> tuple[dict[str, dict[str, Any]], int]:
+    """Of a safetensors file: what it says of each tensor, by name, and the byte at which their values begin.
+
+    Raises:
+        one of HEADER_ERRORS: it is none.
+    """
+    start = source.get_range(file, 0, 8)
+    size = int.from_bytes(start, "little")
+    if len(start) < 8 or size > _LARGEST_HEADER:
+        raise ValueError("it does not begin with the size of a header")
+    header = json.loads(source.get_range(file, 8, size))
+    return {name: info for name, info in header.items() if name != "__metadata__"}, 8 + size
+
+
 def read_index(source: Source, file: str) -> Index:
     """What a file says that it holds. Raises DataError when that is no header of our format."""
     try:
-        size = int.from_bytes(source.get_range(file, 0, 8), "little")
-        if size > _LARGEST_HEADER:
-            raise ValueError(f"a header of {size} bytes")
+        header, begin = read_header(source, file)
         found = []
-        for name, info in json.loads(source.get_range(file, 8, size)).items():
-            if name == "__metadata__":
-                continue
+        for name, info in header.items():
             kind, parameter, start = name.split("/")
             first, last = info["data_offsets"]
-            piece = Piece(int(start), (last - first) // 4, file, 8 + size + first)
+            piece = Piece(int(start), (last - first) // 4, file, begin + first)
             found.append((kind, parameter, piece))
         return found
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except HEADER_ERRORS as error:
         raise DataError(f"{source.uri}/{file}: its header is damaged ({type(error).__name__})") from None
 
 
@@ -181,6 +196,17 @@ class FragmentReader:
             self.fetch(file, ranges)
         return tensors
 
+    def whole(self, kind: Kind, parameter: str) -> torch.Tensor:
+        """A parameter in its full shape, fp32. Raises CheckpointIncompatible as `read`."""
+        shape = self.shapes[parameter]
+        return self.read([(kind, parameter, 0, math.prod(shape))])[0].view(shape)
+
+    def everything(self, kind: Kind) -> dict[str, torch.Tensor]:
+        """Every parameter that has `kind`, by name, in its full shape, fp32."""
+        names = self.parameters(kind)
+        flat = self.read([(kind, name, 0, math.prod(self.shapes[name])) for name in names])
+        return {name: tensor.view(self.shapes[name]) for name, tensor in zip(names, flat, strict=True)}
+
     def ranges(self, runs: list[Run], targets: list[torch.Tensor]) -> dict[str, list[Range]]:
         """Which bytes of which files go where in the flat `targets`, in the order of the file.
 
@@ -205,16 +231,27 @@ class FragmentReader:
 
     def fetch(self, file: str, ranges: list[Range]) -> None:
         """Fill the targets of `ranges`, which are in the order of the file."""
-        group: list[Range] = []
-        for item in [*ranges, None]:
-            if group and (item is None or item[0] - (group[-1][0] + group[-1][1]) > _MERGE_GAP):
-                first = group[0][0]
-                data = self._store.get_range(file, first, group[-1][0] + group[-1][1] - first)
-                for offset, size, target in group:
-                    copy_values(data, offset - first, size, target)
-                group = []
-            if item is not None:
-                group.append(item)
+        for group in _requests(ranges):
+            first = group[0][0]
+            data = self._store.get_range(file, first, group[-1][0] + group[-1][1] - first)
+            for offset, size, target in group:
+                copy_values(data, offset - first, size, target)
+
+
+def _requests(ranges: list[Range]) -> Iterator[list[Range]]:
+    """What is fetched together: ranges that lie close, up to `_LARGEST_READ`; longer ones are cut."""
+    group: list[Range] = []
+    for start, length, whole in ranges:
+        for at in range(0, length, _LARGEST_READ):
+            offset, size = start + at, min(_LARGEST_READ, length - at)
+            if group:
+                far = offset - (group[-1][0] + group[-1][1]) > _MERGE_GAP
+                if far or offset + size - group[0][0] > _LARGEST_READ:
+                    yield group
+                    group = []
+            group.append((offset, size, whole[at // 4 : (at + size) // 4]))
+    if group:
+        yield group
 
 
 def copy_values(data: bytes, offset: int, size: int, target: torch.Tensor) -> None:
@@ -225,10 +262,6 @@ def copy_values(data: bytes, offset: int, size: int, target: torch.Tensor) -> No
         target.copy_(torch.from_numpy(values))
 
 
-def read_parameters(run: ObjectStore, step: int, kind: Kind) -> dict[str, torch.Tensor]:
-    """Every parameter that has `kind` in the checkpoint of `step`, fp32, in its full shape."""
-    reader = FragmentReader(*open_checkpoint(run, step))
-    names = reader.parameters(kind)
-    sizes = [int(np.prod(reader.shapes[name], dtype=np.int64)) for name in names]
-    flat = reader.read([(kind, name, 0, size) for name, size in zip(names, sizes, strict=True)])
-    return {name: tensor.view(reader.shapes[name]) for name, tensor in zip(names, flat, strict=True)}
+def open_fragments(run: ObjectStore, step: int) -> FragmentReader:
+    """What the checkpoint of `step` holds; raises as `open_checkpoint`."""
+    return FragmentReader(*open_checkpoint(run, step))

@@ -111,10 +111,9 @@ class Checkpointer:
             if self._place.rank == 0:
                 self._events.instant("checkpoint_skipped", step=step, skipped=self.skipped)
                 self._interval.began()
-        elif self._config.background:
-            self.begin(step, meta)
         else:
-            self.save(step, meta)
+            with self._events.span("checkpoint_stall", step=step):
+                (self.begin if self._config.background else self.save)(step, meta)
 
     def save(self, step: int, meta: dict[str, Any]) -> bool:
         """Save the state after `step` applied steps and wait until it is committed. False, with an event,
@@ -174,9 +173,10 @@ class Checkpointer:
     def finish(self, step: int, meta: dict[str, Any]) -> int:
         """Wait for the save in flight and have the state after `step` saved. Returns the newest step that is,
         the same on all ranks."""
-        self.wait()
-        if not self.saved_on_all(step):
-            self.save(step, meta)
+        with self._events.span("checkpoint_stall", step=step):
+            self.wait()
+            if not self.saved_on_all(step):
+                self.save(step, meta)
         box = [self.last_saved]
         dist.broadcast_object_list(box, src=0)
         return box[0]

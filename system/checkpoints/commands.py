@@ -125,20 +125,17 @@ def show(args: Args) -> Result:
 
 def diff(args: Args) -> Result:
     """Relative distance by parameter, one parameter at a time."""
-    from system.checkpoints.checkpoint import FragmentReader, open_checkpoint
+    from system.checkpoints.checkpoint import open_fragments
 
     config = knobs(args, DiffKnobs)
-    a = FragmentReader(*open_checkpoint(open_store(args.run), config.a))
-    b = FragmentReader(*open_checkpoint(open_store(config.with_run or args.run), config.b))
+    a = open_fragments(open_store(args.run), config.a)
+    b = open_fragments(open_store(config.with_run or args.run), config.b)
     found, only = [], []
     for name in sorted({*a.parameters(config.kind), *b.parameters(config.kind)}):
         if a.shapes.get(name) != b.shapes.get(name):
             only.append(f"{name}: {a.shapes.get(name)} and {b.shapes.get(name)}")
             continue
-        length = 1
-        for side in a.shapes[name]:
-            length *= side
-        one, other = (reader.read([(config.kind, name, 0, length)])[0].double() for reader in (a, b))
+        one, other = (reader.whole(config.kind, name).double() for reader in (a, b))
         change = float((one - other).norm())
         found.append(
             {

@@ -31,9 +31,8 @@ class JobState:
             kinds = dict(fragment.state)
             if fragment.parameter in teacher:
                 kinds["teacher"] = teacher[fragment.parameter]
-            first = fragment.saved_start - fragment.start
             for kind, values in kinds.items():
-                run = values[first : first + fragment.saved_length]
+                run = fragment.saved(values)
                 if run.numel():
                     tensors[f"{kind}/{fragment.parameter}/{fragment.saved_start}"] = run.detach()
         if self._centre is not None and dist.get_rank() == 0:

@@ -1,7 +1,7 @@
 """Copies of checkpoint files on a disk of the node, so that a restart there need not download them.
 
-They lie at `FOLDER/<digest of the run's address>/step-000000200/`. A copy counts only when its SHA-256 is
-that of the committed manifest; nothing else about it is trusted.
+They lie at `FOLDER/<digest of the run's address>/step-000000200/`. A copy counts only when its size and its
+checksum are those of the committed manifest; nothing else about it is trusted.
 """
 
 import hashlib
@@ -9,11 +9,13 @@ import re
 import shutil
 from pathlib import Path
 
-from cluster.manifest import FileEntry, sha256_file
+from cluster.manifest import FileEntry
 from cluster.store_base import Pieces, StoreConfig
 from cluster.store_local import LocalStore
 from system.checkpoints.checkpoint import step_folder
+from system.checkpoints.checksum import Running
 
+_PIECE_BYTES = 8 << 20
 _STEP = re.compile(r"step-(\d{9})")
 
 
@@ -42,12 +44,17 @@ class LocalTier:
                 shutil.rmtree(path, ignore_errors=True)  # another rank of the node may be at it as well
         return folder / name
 
-    def find(self, step: int, entry: FileEntry) -> Path | None:
-        """The copy of a committed file; None if there is none or it is not what was committed."""
+    def find(self, step: int, entry: FileEntry, running: Running, expected: str) -> Path | None:
+        """The copy of a committed file; None if there is none or it is not what was committed, which is what
+        `running` comes to `expected` for."""
         path = self._root / step_folder(step) / entry.name
         try:
-            if path.stat().st_size == entry.size and sha256_file(path) == entry.sha256:
-                return path
+            if path.stat().st_size == entry.size:
+                with path.open("rb") as file:
+                    while piece := file.read(_PIECE_BYTES):
+                        running.update(piece)
+                if running.hexdigest() == expected:
+                    return path
         except OSError:
             pass
         return None

@@ -25,6 +25,7 @@ class Part:
     name: str
     size: int
     sha256: str
+    crc32: str
     digest_sum: str
     """Share of the state digest, 16 hexadecimal digits."""
     write_seconds: float

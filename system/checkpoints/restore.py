@@ -33,6 +33,7 @@ from system.checkpoints.checkpoint import (
     read_index,
     step_folder,
 )
+from system.checkpoints.checksum import Running, expected
 from system.checkpoints.job_state import JobState
 from system.checkpoints.local_tier import LocalTier
 
@@ -155,11 +156,11 @@ class _Loading:
         if problems:
             return problems
         reader = FragmentReader(source, self._manifest, [index for part, _ in found for index in part])
-        runs, targets = zip(*self._state.targets(), strict=True) if self._state.targets() else ((), ())
+        held = self._state.targets()
         misfit: CheckpointIncompatible | None = None
         wanted: dict[str, list[Range]] = {}
         try:
-            wanted = reader.ranges(list(runs), list(targets))
+            wanted = reader.ranges([run for run, _ in held], [target for _, target in held])
         except CheckpointIncompatible as error:  # unless a damaged header says so
             misfit = error
         from_store = {
@@ -198,7 +199,13 @@ class _Loading:
         mates = [rank for rank, host in enumerate(hosts) if host == hosts[self._rank]]
         share = sorted(self._manifest.files, key=lambda e: e.name)[mates.index(self._rank) :: len(mates)]
         local = self._local
-        found = on_every_rank(lambda: {e.name: path for e in share if (path := local.find(self._step, e))})
+        found = on_every_rank(
+            lambda: {
+                e.name: path
+                for e in share
+                if (path := local.find(self._step, e, *expected(self._manifest, e)))
+            }
+        )
         return {name: path for mate in mates for name, path in found[mate].items()}
 
     def _index(self, source: _NodeFirst, share: list[FileEntry]) -> tuple[list[Index], list[str]]:
@@ -228,15 +235,15 @@ class _Loading:
     def _check(self, source: _NodeFirst, mine: list[FileEntry], wanted: dict[str, list[Range]]) -> list[str]:
         problems = []
         for entry in mine:
+            running, wanted_sum = expected(self._manifest, entry)
             try:
-                found = _take(source, entry, wanted.get(entry.name, []))
+                _take(source, entry, wanted.get(entry.name, []), running)
             except ObjectNotFound as error:
                 problems.append(str(error))
                 continue
-            if found != entry.sha256:
-                problems.append(
-                    f"{self._store.uri}/{entry.name}: sha256 {found}, manifest says {entry.sha256}"
-                )
+            if (found := running.hexdigest()) != wanted_sum:
+                where = f"{self._store.uri}/{entry.name}"
+                problems.append(f"{where}: {running.name} {found}, manifest says {wanted_sum}")
         return problems
 
 
@@ -245,12 +252,13 @@ def _raise(error: Exception | None) -> None:
         raise error
 
 
-def _take(source: _NodeFirst, entry: FileEntry, ranges: list[Range]) -> str:
-    """Read a file once: its SHA-256; the targets of `ranges` (in the order of the file) are full."""
-    digest, waiting = hashlib.sha256(), list(reversed(ranges))
+def _take(source: _NodeFirst, entry: FileEntry, ranges: list[Range], running: Running) -> None:
+    """Read a file once: `running` has all of it, and the targets of `ranges` (in the order of the file) are
+    full."""
+    waiting = list(reversed(ranges))
     with torch.no_grad():
         for at, data in _pieces(source, entry):
-            digest.update(data)
+            running.update(data)
             end = at + len(data)
             while waiting and waiting[-1][0] < end:
                 offset, size, target = waiting.pop()
@@ -261,7 +269,6 @@ def _take(source: _NodeFirst, entry: FileEntry, ranges: list[Range]) -> str:
                 if here < size:
                     waiting.append((end, size - here, target[here // 4 :]))
                     break
-    return digest.hexdigest()
 
 
 def _pieces(source: _NodeFirst, entry: FileEntry) -> Iterator[tuple[int, bytes]]:

@@ -16,6 +16,7 @@ from cluster.events import EventLog, newest_attempt
 from cluster.manifest import MANIFEST, Manifest, commit, verify
 from cluster.store import ObjectStore
 from system.checkpoints.checkpoint import KIND, VERSION, sealed, step_folder
+from system.checkpoints.checksum import CRC32, Crc32
 from system.checkpoints.config import CheckpointConfig
 from system.checkpoints.local_tier import LocalTier
 from system.checkpoints.parts import Part, collect_parts, file_name, put_part
@@ -110,11 +111,14 @@ class SaveJob:
     def _write(self) -> Part:
         """The file goes to the local tier, if there is one, and to the store."""
         name, local = file_name(self._attempt, self.place.rank), self.place.local
-        digests = []
+        checksums = []
 
         def pieces():
-            digests.append(hashlib.sha256())  # the last one is of the attempt that succeeded
-            for piece in self.snapshot.pieces(digests[-1]):
+            digest, crc = hashlib.sha256(), Crc32()
+            checksums.append((digest, crc))  # the last ones are of the attempt that succeeded
+            for piece in self.snapshot.pieces():
+                digest.update(piece)
+                crc.update(piece)
                 self._check()
                 yield piece
 
@@ -127,13 +131,15 @@ class SaveJob:
             written = time.monotonic() - started
             self._store.put_file(name, path)
             uploaded = time.monotonic() - started - written
+        digest, crc = checksums[-1]
         return Part(
             attempt=self._attempt,
             rank=self.place.rank,
             ranks=self.place.ranks,
             name=name,
             size=self.snapshot.size,
-            sha256=digests[-1].hexdigest(),
+            sha256=digest.hexdigest(),
+            crc32=crc.hexdigest(),
             digest_sum=add([self.snapshot.digest_sum()]),
             write_seconds=written,
             upload_seconds=uploaded,
@@ -144,6 +150,7 @@ class SaveJob:
         be lost for good. A store that is too slow for them does not hold the checkpoint up."""
         digest = add(int(part.digest_sum, 16) for part in parts)
         meta = {**self.meta, "step": self.step, "state_digest": digest, "attempt": self._attempt}
+        meta[CRC32] = {part.name: part.crc32 for part in parts}
         manifest = sealed(Manifest(KIND, VERSION, tuple(part.entry for part in parts), meta))
         self.bytes = sum(part.size for part in parts)
         check_not_superseded(self.place.run, self._attempt)

@@ -3,6 +3,8 @@
 import torch
 import torch.distributed as dist
 
+from system.telemetry.work_clock import WorkClock
+
 
 class DistributedCollectives:
     """`model.losses.Collectives` over the default process group; every rank holds equally many rows."""
@@ -10,6 +12,7 @@ class DistributedCollectives:
     def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
+        self.clock = WorkClock()
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """Send x to the next rank, receive the previous one's; all ranks hold the same shape."""
@@ -20,12 +23,14 @@ class DistributedCollectives:
             dist.P2POp(dist.isend, x.contiguous(), (self.rank + 1) % self.size),
             dist.P2POp(dist.irecv, received, (self.rank - 1) % self.size),
         ]
-        for work in dist.batch_isend_irecv(turns):
-            work.wait()
+        with self.clock.meeting():
+            for work in dist.batch_isend_irecv(turns):
+                work.wait()
         return received
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Elementwise sum over ranks, without gradient; the argument is left alone."""
         total = x.detach().clone()
-        dist.all_reduce(total)
+        with self.clock.meeting():
+            dist.all_reduce(total)
         return total

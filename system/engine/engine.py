@@ -5,7 +5,7 @@ fragments of the state this rank holds.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,8 @@ from model.teacher import Teacher
 from system.config import TrainConfig
 from system.engine.ds_config import deepspeed_config
 from system.engine.fragments import (
+    Fragment,
+    fragment_gradient,
     partitioned_fragments,
     refresh_parameters,
     replicated_fragments,
@@ -71,6 +73,7 @@ class Engine:
             dist_init_required=False,
         )
         self.objective: Objective = self._engine.module
+        self._parameters = dict(self.objective.named_parameters())
         # DeepSpeed's wrappers hold the torch optimizer; in fp32 at stage 0 there is no wrapper.
         self._adam = getattr(self._optimizer, "optimizer", self._optimizer)
         self._scaler = self._optimizer.loss_scaler if config.engine.precision == "fp16" else None
@@ -126,13 +129,15 @@ class Engine:
         # in spite of the argument; a copy is not such a tensor.
         self._engine.backward(loss.clone(), scale_wrt_gas=False)
 
-    def step(self, loss: torch.Tensor, lr: float) -> StepOutcome:
+    def step(self, loss: torch.Tensor, lr: float, measure: Callable[[], None] | None = None) -> StepOutcome:
         """Backward, reduce over ranks, and apply unless the global gradient is not finite (the same on
-        every rank)."""
+        every rank). `measure` is called in between, where `gradient` has something to say."""
         set_learning_rate(self._optimizer, lr)
         scale = None if self._scaler is None else self._scaler.cur_scale
         self._backward(loss, last=True)
         self._unfinished = False
+        if measure is not None:
+            measure()
         norm = self._plain_grad_norm() if self._optimizer is self._adam else None
         if norm is not None and not math.isfinite(norm):
             self._engine.zero_grad()
@@ -142,6 +147,14 @@ class Engine:
             norm = float(self._engine.get_global_grad_norm())
         lowered = self._scaler is not None and self._scaler.cur_scale < scale
         return StepOutcome(self._engine.was_step_applied(), norm, scale, lowered)
+
+    def gradient(self, fragment: Fragment) -> torch.Tensor | None:
+        """Between backward and update: the averaged gradient of the part of `fragment` that no other rank
+        saves, flat; None where a parameter had none."""
+        flat = fragment_gradient(self.stage, self._optimizer, self._parameters[fragment.parameter], fragment)
+        if flat is None or self._scaler is None:
+            return flat
+        return flat.float() / self._scaler.cur_scale
 
     def discard(self, loss: torch.Tensor) -> None:
         """Instead of `step`: forget the gradients of the micro-batches before.

@@ -33,6 +33,11 @@ class Fragment:
     def length(self) -> int:
         return self.state["master"].numel()
 
+    def saved(self, flat: torch.Tensor) -> torch.Tensor:
+        """Of values [length] of this fragment the part that no other rank counts, as a view."""
+        first = self.saved_start - self.start
+        return flat[first : first + self.saved_length]
+
 
 def replicated_masters(module: nn.Module, optimizer) -> dict[str, torch.Tensor]:
     """ZeRO stage 0: parameter name -> its fp32 master, whole on every rank.
@@ -106,6 +111,25 @@ def sharded_fragments(module: nn.Module, zero_optimizer, rank: int) -> Iterator[
             view, _ = zero_optimizer._get_fp32_opt_state_partition(parameter, False, key)
             state[kind] = view.detach()[:length]
         yield Fragment(name, start, state, start, length)
+
+
+def fragment_gradient(
+    stage: int, zero_optimizer, parameter: torch.Tensor, fragment: Fragment
+) -> torch.Tensor | None:
+    """Between backward and update: the gradient of the run that this rank saves, flat; None if it had
+    none."""
+    if stage == 0:
+        if parameter.grad is None:
+            return None
+        flat, offset = parameter.grad.view(-1), fragment.saved_start
+    elif stage == 3:
+        flat, _ = zero_optimizer._get_fp32_grad_state_partition(parameter, False)
+        flat, offset = flat.view(-1), 0
+    else:
+        index = parameter._index_in_param_group  # type: ignore[attr-defined]  # set by DeepSpeed
+        flat = parameter._hp_mapping.get_lp_grad_fragment(index).view(-1)  # type: ignore[attr-defined]
+        offset = fragment.start if flat.numel() == parameter.numel() else 0
+    return flat[offset : offset + fragment.saved_length]
 
 
 def _create_moments(adam: torch.optim.Optimizer, flat: torch.Tensor) -> None:

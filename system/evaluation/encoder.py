@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from data_pipeline.loading.tokenizer import Tokenizer
 from model.objective import MaskClip
@@ -61,7 +60,7 @@ class Encoder:
         for batch_BCHW in images.views(part.start, part.stop, side, self.batch):
             with torch.no_grad():
                 class_BD = self.vision(batch_BCHW.to(self.device))[:, 0]
-                embedding_BE = F.normalize(self.model.image_projection(class_BD).float(), dim=-1)
+                embedding_BE = self.model.embed_tokens(class_BD)
                 found.append(torch.cat([embedding_BE, class_BD.float()], dim=1))
             report(sum(map(len, found)), len(part))
         width = self.model.config.embed_dim + self.model.config.vision.width

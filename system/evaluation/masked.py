@@ -25,7 +25,7 @@ from model.masking import split_patches
 from model.objective import Objective
 from model.teacher import Teacher
 from model.vision import patch_pixels
-from system.checkpoints.checkpoint import FragmentReader, newest_step, open_checkpoint, read_parameters
+from system.checkpoints.checkpoint import newest_step, open_fragments
 from system.evaluation.data import EvalSet
 from system.evaluation.encoder import Report, no_report
 from system.evaluation.scoring import mean_interval
@@ -52,14 +52,14 @@ def load_distillation(run: ObjectStore, checkpoint: int | None) -> Distillation:
     if config.distill.weight == 0:
         raise ConfigError(f"{run.uri}: trained without self-distillation; leave masked out of tasks")
     step = newest_step(run, checkpoint)
+    reader = open_fragments(run, step)
     student = Objective(config, seed=0)
-    student.load_state_dict(read_parameters(run, step, "master"))
+    student.load_state_dict(reader.everything("master"))
     if not config.distill.needs_teacher:
         return Distillation(student.eval(), None)
     teacher = Teacher(config)
-    teacher.load_state_dict(read_parameters(run, step, "teacher"), strict=False)
+    teacher.load_state_dict(reader.everything("teacher"), strict=False)
     if teacher.centre.numel():
-        reader = FragmentReader(*open_checkpoint(run, step))
         (centre,) = reader.read([("state", "teacher.centre", 0, teacher.centre.numel())])
         teacher.centre.copy_(centre)
     return Distillation(student.eval(), teacher.eval())

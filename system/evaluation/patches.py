@@ -154,7 +154,7 @@ def evaluate_segmentation(
         image_1CHW = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(encoder.device)
         tokens_1PD = dense_tokens(encoder.vision, image_1CHW, dense)
         with torch.no_grad():
-            patch_1PE = F.normalize(encoder.model.image_projection(tokens_1PD).float(), dim=-1)
+            patch_1PE = encoder.model.embed_tokens(tokens_1PD)
         score_1Cgg = (patch_1PE @ class_CE.T).transpose(1, 2).reshape(1, classes, grid, grid)
         score_CHW = F.interpolate(score_1Cgg, mask.shape, mode="bilinear", align_corners=False)[0]
         counts_CC = confusion(score_CHW.argmax(dim=0).cpu(), torch.from_numpy(mask), classes)

@@ -64,7 +64,8 @@ class TrainingEvaluation:
                 raise failure
             result = self._evaluation.score(features, self._encoder.model.config.embed_dim)
         except MaskClipError as error:
-            self._events.instant("evaluation_failed", step=step, reason=str(error))
+            lost = time.monotonic() - started
+            self._events.instant("evaluation_failed", step=step, seconds=lost, reason=str(error))
             self._console.warn(f"evaluation at step {step} failed, training goes on: {error}")
             return
         self._report(step, result, time.monotonic() - started)

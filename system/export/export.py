@@ -27,11 +27,9 @@ from model import convert
 from model.config import ModelConfig
 from model.objective import MaskClip
 from system.checkpoints.checkpoint import (
-    FragmentReader,
     load_checkpoint_meta,
     newest_step,
-    open_checkpoint,
-    read_parameters,
+    open_fragments,
 )
 from system.choices import Tower
 from system.config import TrainConfig
@@ -68,9 +66,10 @@ def load_trained(run: ObjectStore, checkpoint: int | None, tower: Tower) -> Trai
     train = load_run_config(run)
     step = newest_step(run, checkpoint)
     provenance = _provenance(run, train, step, tower)
-    parameters = read_parameters(run, step, "master")
+    reader = open_fragments(run, step)
+    parameters = reader.everything("master")
     if tower == "teacher":
-        averaged = read_parameters(run, step, "teacher")
+        averaged = reader.everything("teacher")
         parameters |= {name: value for name, value in averaged.items() if name.startswith("vision.")}
     model = MaskClip(train.model, seed=train.run.seed)
     _fill(model, parameters, f"{run.uri}, checkpoint of step {step}")
@@ -155,16 +154,15 @@ def export(run_uri: str, config: ExportConfig) -> dict:
 
 def _reader(run: ObjectStore, step: int, tower: Tower, config: ModelConfig) -> convert.Get:
     """Parameters of the inference model by name, each read from the checkpoint when it is asked for."""
-    reader = FragmentReader(*open_checkpoint(run, step))
+    reader = open_fragments(run, step)
     # Checked before anything is written.
     for entry in convert.exported(config, "maskclip"):
         where = f"{run.uri}, checkpoint of step {step}"
         _check(entry.name, reader.shapes.get(entry.name), entry.shape, where)
 
     def get(name: str) -> torch.Tensor:
-        kind = "teacher" if tower == "teacher" and name.startswith("vision.") else "master"
-        shape = reader.shapes[name]
-        return reader.read([(kind, name, 0, math.prod(shape))])[0].view(shape)
+        averaged = tower == "teacher" and name.startswith("vision.")
+        return reader.whole("teacher" if averaged else "master", name)
 
     return get
 

@@ -18,10 +18,9 @@ from torch import Tensor
 from cluster.errors import DataError
 from cluster.store import ObjectStore
 from model.convert import Entry, Get
+from system.checkpoints.checkpoint import HEADER_ERRORS, read_header
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_LARGEST_HEADER = 100 << 20
-"""Bytes; the library's own limit."""
 
 
 def write_tensors(path: Path, entries: Iterable[Entry], get: Get) -> None:
@@ -53,17 +52,11 @@ class TensorFile(Mapping[str, Tensor]):
     def __init__(self, store: ObjectStore, key: str) -> None:
         self._store, self._key = store, key
         self.uri = f"{store.uri}/{key}"
-        start = store.get_range(key, 0, 8)
-        size = int.from_bytes(start, "little")
         try:
-            if len(start) < 8 or size > _LARGEST_HEADER:
-                raise ValueError("it does not begin with the size of a header")
-            header = json.loads(store.get_range(key, 8, size))
-            self._header = {name: info for name, info in header.items() if name != "__metadata__"}
+            self._header, self._start = read_header(store, key)
             end = max((info["data_offsets"][1] for info in self._header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except HEADER_ERRORS as error:
             raise DataError(f"{self.uri}: not a safetensors file ({error}); give one") from None
-        self._start = 8 + size
         if store.size(key) != self._start + end:
             raise DataError(
                 f"{self.uri}: {store.size(key):,} bytes, its header says {self._start + end:,}; copy it again"

@@ -1,14 +1,10 @@
 """The memory of a rank: noted every minute, and told when it grows."""
 
 import time
-from pathlib import Path
-from resource import getpagesize
-
-import torch
 
 from cluster.events import EventLog
+from system.telemetry.machine import memory_bytes
 
-_STATM = Path("/proc/self/statm")
 _SETTLED = 3
 """Caches and buffers fill during the first measurements: growth counts from the third one."""
 
@@ -25,7 +21,7 @@ class MemoryWatch:
             return
         self._last = time.monotonic()
         self._measured += 1
-        now = measure()
+        now = memory_bytes()
         self._events.instant("memory", step=step, **now)
         if self._measured <= _SETTLED:
             self._base = now
@@ -34,13 +30,3 @@ class MemoryWatch:
             if size > (1 + self._growth) * self._base[name] > 0:
                 self._events.instant("memory_growth", step=step, what=name, before=self._base[name], now=size)
                 self._base[name] = size
-
-
-def measure() -> dict[str, int]:
-    """Bytes of this process in host memory, where the system tells, and on its device."""
-    found = {}
-    if _STATM.exists():
-        found["host_bytes"] = int(_STATM.read_text().split()[1]) * getpagesize()
-    if torch.cuda.is_available():
-        found["device_bytes"] = torch.cuda.memory_reserved()
-    return found

@@ -1,6 +1,7 @@
 """All that watches over the health of a run, as the training loop sees it. Every method is called by all
 ranks together."""
 
+import time
 from collections.abc import Mapping
 
 import torch
@@ -22,6 +23,7 @@ from system.health.culprits import LocalGradients, describe, find
 from system.health.equal_copies import compare, equal_tensors
 from system.health.memory import MemoryWatch
 from system.health.spikes import LossHistory, MomentRatio, ratios
+from system.schedules import Scheduled
 
 
 class Health:
@@ -83,22 +85,25 @@ class Health:
         step: int,
         batch: Mapping[str, Tensor],
         loss: Tensor,
-        temperature: float,
+        scheduled: Scheduled,
         verdict: Verdict,
         outcome: StepOutcome,
+        times: Mapping[str, float],
     ) -> None:
         """Tell of a step that was not applied, with the ranks and samples that are the cause."""
         reason = f"non-finite loss on {verdict.non_finite_ranks} ranks"
         if not verdict.non_finite_ranks:
             reason = "non-finite gradient"
         scale = "" if outcome.loss_scale is None else f" at loss scale {outcome.loss_scale:g}"
-        found = []
+        found, started = [], time.perf_counter()
         if not outcome.scale_lowered:  # fp16 looks for its scale: nobody's fault
             self.watchdog.at("looking for what is not finite")
             finite = bool(torch.isfinite(loss.detach()).all())
             # Of a loss that is not finite there is no gradient to look at.
             sound = verdict.non_finite_ranks > 0 or self._gradients.finite()
-            found = find(self._engine, self._teacher.module, temperature, batch, finite, sound)
+            found = find(
+                self._engine, self._teacher.module, scheduled.teacher_temperature, batch, finite, sound
+            )
         self._gradients.forget()
         self._refusal = reason + scale + (f" ({describe(found)})" if found else "")
         if dist.get_rank() == 0:
@@ -109,6 +114,8 @@ class Health:
                 ranks=[culprit.rank for culprit in found],
                 slots=[slot for culprit in found for slot in culprit.slots],
                 ids=[identity for culprit in found for identity in culprit.ids],
+                data_seconds=times["data_seconds"],
+                step_seconds=times["step_seconds"] + time.perf_counter() - started,
             )
             self._console.warn(f"step {step} refused: {self._refusal}, norm {outcome.grad_norm}")
 

@@ -6,6 +6,7 @@ stands in its meta: what was trained is not skipped afterwards.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from cluster.errors import LossSpike, NonFinite
@@ -22,7 +23,7 @@ def recorded(run: ObjectStore) -> list[dict[str, Any]]:
     return sorted(found, key=lambda record: record["window"])
 
 
-def skipped_windows(meta: dict[str, Any], step: int, records: list[dict[str, Any]]) -> tuple[int, ...]:
+def skipped_windows(meta: dict[str, Any], step: int, records: Sequence[dict[str, Any]]) -> tuple[int, ...]:
     """Windows that a run leaves out that goes on from the checkpoint of `step` with this meta."""
     behind = tuple(meta.get("skipped_windows", ()))
     position = step + len(behind)

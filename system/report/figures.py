@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
+from cluster.goodput import CLASSES
 from system.report.history import History
 
 # Attempts beyond the last colour start again with the first.
@@ -24,16 +25,19 @@ NUM_ATTEMPT_COLOURS = 6
 MAX_POINTS = 600
 
 _INK, _LINE, _KILL, _RESUME, _COMMIT = "#010101", "#020202", "#030303", "#040404", "#050505"
-_ATTEMPTS = tuple(f"#0a0a{index:02x}" for index in range(NUM_ATTEMPT_COLOURS))
+ATTEMPTS = tuple(f"#0a0a{index:02x}" for index in range(NUM_ATTEMPT_COLOURS))
+CLASS_COLOURS = tuple(f"#0b0b{index:02x}" for index in range(len(CLASSES)))
+"""Of the classes of the goodput ledger, in their order."""
 _VARIABLES = {
     _INK: "var(--muted)",
     _LINE: "var(--line)",
     _KILL: "var(--kill)",
     _RESUME: "var(--resume)",
     _COMMIT: "var(--commit)",
-    **{colour: f"var(--attempt-{index})" for index, colour in enumerate(_ATTEMPTS)},
+    **{colour: f"var(--attempt-{index})" for index, colour in enumerate(ATTEMPTS)},
+    **{colour: f"var(--class-{name})" for colour, name in zip(CLASS_COLOURS, CLASSES, strict=True)},
 }
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -116,7 +120,7 @@ def curves(history: History) -> list[Curve]:
             continue
         (first_step, first), (last_step, last) = points[0], points[-1]
         label = f"{panel.title} by step: {first:.4g} at step {first_step}, {last:.4g} at step {last_step}"
-        found.append(Curve(panel, _svg(_draw(history, panel), panel.scalar), f"{last:.4g}", label))
+        found.append(Curve(panel, svg(_draw(history, panel), panel.scalar), f"{last:.4g}", label))
     return found
 
 
@@ -137,26 +141,26 @@ def evaluation_curves(history: History) -> list[Curve]:
             continue
         chance = [m.facts["chance"]["r5"] for m in history.evaluations if "chance" in m.facts]
         dotted = chance[-1] if chance and panel.scalar == "image_to_text_r5" else None
-        svg = _svg(_draw_evaluations(lines, dotted), f"evaluation-{panel.scalar}")
+        picture = svg(_draw_evaluations(lines, dotted), f"evaluation-{panel.scalar}")
         texts = [
             f"{tower} tower on {data}: {list(line.values())[-1]:.4g} at step {list(line)[-1]}"
             for (tower, data), line in lines.items()
         ]
         last = list(list(lines.values())[-1].values())[-1]
-        found.append(Curve(panel, svg, f"{last:.4g}", f"{panel.title} by step, {'; '.join(texts)}"))
+        found.append(Curve(panel, picture, f"{last:.4g}", f"{panel.title} by step, {'; '.join(texts)}"))
     return found
 
 
 def _draw_evaluations(lines: dict[tuple[str, str], dict[int, float]], dotted: float | None) -> Figure:
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.7, 2.3), layout="constrained")
         axes = figure.add_subplot()
         for number, line in enumerate(lines.values()):
-            colour = _ATTEMPTS[number % NUM_ATTEMPT_COLOURS]
+            colour = ATTEMPTS[number % NUM_ATTEMPT_COLOURS]
             axes.plot(list(line), list(line.values()), color=colour, marker="o", markersize=3)
         if dotted is not None:
             axes.axhline(dotted, color=_INK, linestyle=":", linewidth=1)
-        _axes_of(axes, wide=False)
+        axes_of(axes, wide=False)
         return figure
 
 
@@ -174,7 +178,7 @@ def thin(points: Sequence[tuple[int, float]], limit: int = MAX_POINTS) -> list[t
 
 
 def _draw(history: History, panel: Panel) -> Figure:
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.6 if panel.wide else 3.7, 2.3), layout="constrained")
         axes = figure.add_subplot()
         _marks(axes, history)
@@ -186,15 +190,15 @@ def _draw(history: History, panel: Panel) -> Figure:
             records = own[attempt.number]
             live = [(r.step, float(r.values[panel.scalar])) for r in records if r.live]
             lost = [(r.step, float(r.values[panel.scalar])) for r in records if not r.live]
-            colour = _ATTEMPTS[attempt_colour(attempt.number)]
+            colour = ATTEMPTS[attempt_colour(attempt.number)]
             # The dashed line starts at the last live point, so that the two parts touch.
             _line(axes, live[-1:] + lost if lost else [], colour, linestyle=(0, (2, 1.6)), alpha=0.7)
             _line(axes, live, colour)
-        _axes_of(axes, panel.wide)
+        axes_of(axes, panel.wide)
         return figure
 
 
-def _axes_of(axes: Axes, wide: bool) -> None:
+def axes_of(axes: Axes, wide: bool) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if wide else 5, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -233,8 +237,9 @@ def _marks(axes: Axes, history: History) -> None:
                 axes.axvspan(after.first_step, attempt.last_step, color=_KILL, alpha=0.12, linewidth=0)
 
 
-def _svg(figure: Figure, name: str) -> str:
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+def svg(figure: Figure, name: str) -> str:
+    """The figure as inline SVG; `name` makes its ids unique in the document."""
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         buffer = io.StringIO()
         no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)

@@ -1,9 +1,9 @@
 """What happened in a run, read from its event log and from nothing else.
 
 An attempt is one start of the trainer. A step can stand in the log several times: an attempt that was killed
-after step 130 and resumed from the checkpoint of step 100 trains 101-130 again. The newest attempt wins from
-its first step on; what older attempts did at or after that step is superseded: kept, marked, never drawn as
-if it counted.
+after step 130 and resumed from the checkpoint of step 100 trains 101-130 again. The newest value wins from
+its step on; what was logged before it at or after that step is superseded: kept, marked, never drawn as if it
+counted.
 """
 
 import os
@@ -14,7 +14,16 @@ from math import isfinite
 from typing import Any
 
 from cluster.errors import Hang, MaskClipError, ObjectNotFound
-from cluster.events import decode_events, newest_attempt, read_claim, read_events
+from cluster.events import (
+    ENVELOPE,
+    by_attempt,
+    decode_events,
+    live_limits,
+    newest_attempt,
+    read_claim,
+    read_events,
+)
+from cluster.goodput import Ledger, build_ledger
 from cluster.store import ObjectStore
 
 
@@ -27,7 +36,7 @@ class StepRecord:
     values: dict[str, Any]
     """The scalars of the step: loss and its terms, lr, grad_norm, pairs_per_second, ..."""
     live: bool
-    """False if a newer attempt trained this step, or an earlier one, again."""
+    """False if this step, or an earlier one, was trained again later."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,8 @@ class History:
     that were lost."""
     evaluations: tuple[Mark, ...]
     """facts: tower, data, file and the headline numbers."""
+    ledger: Ledger
+    """Where the time went."""
     skipped_events: int
     """Torn or unreadable lines of the log."""
 
@@ -180,32 +191,27 @@ def last_words(run: ObjectStore, attempt: int) -> LastWords:
 def build_history(uri: str, events: Iterable[dict]) -> History:
     """Pure part of `load_history`; `events` are sorted by (attempt, t, seq)."""
     events = list(events)
-    by_attempt: dict[int, list[dict]] = {}
-    for event in events:
-        if event.get("attempt", 0) > 0:
-            by_attempt.setdefault(event["attempt"], []).append(event)
-    raw_steps = {
-        (event["attempt"], event["step"]): event
+    attempts = by_attempt(events)
+    steps = _mark_superseded(
+        event
         for event in events
         if event.get("attempt", 0) > 0
         and event["kind"] == "scalar"
         and event["name"] == "step"
         and event["rank"] == 0
-    }
-    steps = _mark_superseded(raw_steps)
-    steps_of: dict[int, list[StepRecord]] = {number: [] for number in by_attempt}
+    )
+    steps_of: dict[int, list[StepRecord]] = {number: [] for number in attempts}
     for record in steps:
         steps_of[record.attempt].append(record)
     return History(
         uri=uri,
-        attempts=tuple(
-            _attempt(number, by_attempt[number], steps_of[number]) for number in sorted(by_attempt)
-        ),
+        attempts=tuple(_attempt(number, attempts[number], steps_of[number]) for number in sorted(attempts)),
         steps=steps,
         checkpoints=_marks(events, "checkpoint_committed"),
         refusals=_marks(events, "step_refused"),
         incidents=_marks(events, *_INCIDENTS),
         evaluations=_marks(events, "evaluation"),
+        ledger=build_ledger(events),
         skipped_events=sum(
             event.get("count", 0) for event in events if event.get("name") == "events_skipped"
         ),
@@ -226,26 +232,20 @@ _INCIDENTS = (
     "evaluation_failed",
     "events_dropped",
 )
-_ENVELOPE = frozenset({"t", "attempt", "rank", "seq", "kind", "name", "step"})
 
 
 def _facts(event: dict) -> dict[str, Any]:
-    return {key: value for key, value in event.items() if key not in _ENVELOPE}
+    return {key: value for key, value in event.items() if key not in ENVELOPE}
 
 
-def _mark_superseded(raw_steps: dict[tuple[int, int], dict]) -> tuple[StepRecord, ...]:
-    first_step: dict[int, int] = {}
-    for attempt, step in raw_steps:
-        first_step[attempt] = min(step, first_step.get(attempt, step))
-    # An attempt's steps count up to the first step of any newer attempt: one pass from the newest back.
-    limit: dict[int, float] = {}
-    bound = float("inf")
-    for attempt in sorted(first_step, reverse=True):
-        limit[attempt] = bound
-        bound = min(bound, first_step[attempt])
+def _mark_superseded(events: Iterable[dict]) -> tuple[StepRecord, ...]:
+    """A step's event counts unless a later one has the same step or a lower one: then the run had gone back
+    before it. So each step has at most one live value, over restarts and rewinds within an attempt alike."""
+    ordered = sorted(events, key=lambda event: (event["attempt"], event["seq"]))
+    limits = live_limits([event["step"] for event in ordered])
     records = [
-        StepRecord(step, attempt, event["t"], _facts(event), live=step < limit[attempt])
-        for (attempt, step), event in raw_steps.items()
+        StepRecord(event["step"], event["attempt"], event["t"], _facts(event), live=event["step"] < limit)
+        for event, limit in zip(ordered, limits, strict=True)
     ]
     return tuple(sorted(records, key=lambda record: (record.step, record.attempt)))
 

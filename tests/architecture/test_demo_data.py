@@ -10,7 +10,7 @@ from functools import cache
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tests.architecture.imports import ROOT
+from tests.support.paths import ROOT
 
 FOLDER = ROOT / "examples/emoji"
 MOST_BYTES = 12_000_000

@@ -6,7 +6,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from tests.architecture.imports import ROOT
+from tests.support.paths import ROOT
 
 REQUIRED = (
     "README.md",

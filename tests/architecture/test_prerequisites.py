@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture.imports import ROOT
+from tests.support.paths import ROOT
 
 SCRIPT = ROOT / "requirements/prerequisites.sh"
 

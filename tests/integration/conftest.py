@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import maskclip
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
+from tests.support.runs import maskclip, train, write_recipe
 
 
 def preprocess_to(output: str, part: str, tars: int, folder: Path) -> int:
@@ -28,6 +27,14 @@ def train_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("data")
     assert preprocess_to(str(folder / "train"), "train", 3, folder) == 0
     return str(folder / "train")
+
+
+@pytest.fixture(scope="session")
+def undisturbed_run(tmp_path_factory: pytest.TempPathFactory, train_data: str) -> Path:
+    """What the recipe of `tests.support.runs` gives when nothing happens."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(write_recipe(folder), folder / "run", train_data)
+    return folder / "run"
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 run that goes on is the run that nothing happened to."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import botocore.session
 import pytest
 
 from cluster.errors import Hang, Superseded
@@ -17,16 +19,21 @@ from cluster.store import open_store
 from system.checkpoints.checkpoint import committed_steps
 from tests.integration.test_resume import assert_same_run
 from tests.support import save_rig
+from tests.support.paths import ROOT
 from tests.support.runs import instants, live_steps
+from tests.support.troubled_proxy import EXPIRED, UNAVAILABLE, TroubledProxy
 
 KILLED = -9
 
 
-def rig(run: Path | str, *attempts: str, **config: object) -> list[dict]:
-    """Attempts of one run, 12 steps, a save every 4; see `save_rig`."""
+def rig(run: Path | str, *attempts: str, endpoint: str | None = None, **config: object) -> list[dict]:
+    """Attempts of one run, 12 steps, a save every 4; see `save_rig`. `endpoint` is in place of the server."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if endpoint:
+        environment |= {"AWS_ENDPOINT_URL": endpoint}
     settings = {"every_steps": 4, **config}
     argv = [sys.executable, save_rig.__file__, str(run), json.dumps(settings), *attempts]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=280, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"codes"')]
 
@@ -99,6 +106,60 @@ def test_a_store_that_fails_for_a_while_stops_nothing(tmp_path, undisturbed):
     assert all(event["stall_seconds"] >= 0 for event in instants(tmp_path, "checkpoint_committed"))
 
 
+TROUBLES: dict[str, tuple[Callable[[TroubledProxy], object], int]] = {
+    "503": (lambda proxy: proxy.fail(UNAVAILABLE), 30),
+    "expired credentials": (lambda proxy: proxy.fail(EXPIRED), 15),
+    "a hanging upload": (lambda proxy: proxy.hang("rank-00001.attempt"), 3),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_an_object_store_in_trouble_stops_nothing(s3_env, s3_server, undisturbed, trouble):
+    """From the first commit on, until so many requests have met the trouble."""
+    begin, requests = TROUBLES[trouble]
+    run, proxy = f"{s3_env}/run", TroubledProxy(s3_server.port)
+    store = open_store(run)
+    troubled = meanwhile(lambda: bool(committed_steps(store)), lambda: begin(proxy))
+    mended = meanwhile(lambda: proxy.met >= requests, proxy.mend)
+    patience = {"deadline_seconds": 1, "attempts": 2, "backoff_seconds": 0.05}
+    settings = {"store": patience, "deadline_seconds": 3, "every_steps": 2, "pause": 0.4}
+    (found,) = rig(run, "whole", endpoint=proxy.endpoint, **settings)
+    proxy.close()
+    troubled.join()
+    mended.join()
+    assert proxy.met >= requests
+    assert (found["codes"], found["problems"]) == ([0, 0], [])
+    assert found["committed"][-1] == 12
+    failed = [event for event in read_events(store) if event["name"] == "checkpoint_failed"]
+    assert failed
+    assert_same_run(run, undisturbed, after=0, last=12)
+
+
+def test_a_half_upload_of_a_dead_attempt_is_in_nobodys_way(any_s3, undisturbed):
+    """What is left behind has the name of the file that will be written."""
+    run, name = f"{any_s3}/run", "checkpoints/step-000000004/rank-00000.attempt-0001.safetensors"
+    client = botocore.session.get_session().create_client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    where = {"Bucket": any_s3.removeprefix("s3://"), "Key": f"run/{name}"}
+    upload = client.create_multipart_upload(**where)["UploadId"]
+    client.upload_part(**where, UploadId=upload, PartNumber=1, Body=bytes(5 << 20))
+    (found,) = rig(run, "whole", background=False)
+    assert found == {"codes": [0, 0], "committed": [4, 8, 12], "problems": []}
+    assert_same_run(run, undisturbed, after=0, last=12)
+
+
+def test_a_slice_of_the_kill_sweep(tmp_path):
+    """`make sweep` is the whole of it."""
+    kills, result = {"in-teacher": 3, "in-prune": 2}, tmp_path / "found.json"
+    words = ["--kills", "4", "--points", *kills, "--json", str(result)]
+    command = [sys.executable, "-m", "benchmarks.kill_sweep", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    found = json.loads(result.read_text())
+    assert found["wrong"] == []
+    assert found["kills"] == 2 * sum(kills.values()) + 4
+    assert found["killed"].items() >= kills.items()
+
+
 def test_one_rank_that_cannot_write_ends_the_save_for_all(tmp_path, undisturbed):
     """The first rank does not wait for its deadline: the next step's all-reduce tells it."""
     folder = tmp_path / "checkpoints/step-000000004"
@@ -136,9 +197,9 @@ def test_a_save_that_is_due_while_one_is_in_flight_is_skipped_and_counted(tmp_pa
     assert_same_run(tmp_path, undisturbed, after=0, last=12)
 
 
-def test_killed_in_an_upload_to_s3(tmp_path, s3_env, undisturbed):
+def test_killed_in_an_upload_to_s3(tmp_path, any_s3, undisturbed):
     """With a copy on the node's own disk, from which the last attempt goes on."""
-    run = f"{s3_env}/run"
+    run = f"{any_s3}/run"
     kills = ("upload:4:1", "commit:4:0", "step:6:1")
     *killed, last = rig(run, *kills, "whole", local=str(tmp_path), pause=0.1)
     assert [found["codes"][int(kill[-1])] for kill, found in zip(kills, killed, strict=True)] == [KILLED] * 3

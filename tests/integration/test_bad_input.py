@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import ROOT
+from tests.support.paths import ROOT
 from tests.support.raw_input import members, write_tar
 from tests.support.runs import maskclip, train, write_recipe
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from cluster.store import open_store
 from model.config import preset
 from model.objective import Objective
-from system.checkpoints.checkpoint import read_parameters
+from system.checkpoints.checkpoint import open_fragments
 from system.config import InitConfig
 from system.export.export import ExportConfig, export
 from system.export.initial_weights import read_weights
@@ -42,12 +42,12 @@ def test_a_run_begins_from_the_weights_and_never_reads_them_again(train_data: st
 
     done = maskclip(*words, f"init.uri={weights}")
     assert done.returncode == 0, done.stderr[-3000:]
-    stored, expected = read_parameters(open_store(str(run)), 2, "master"), read_weights(init, MODEL)
+    stored, expected = open_fragments(open_store(str(run)), 2).everything("master"), read_weights(init, MODEL)
     built = dict(Objective(MODEL, seed=5).named_parameters())
     for name, values in stored.items():
         assert torch.equal(values, expected.get(name, built[name])), name
     assert any(not torch.equal(stored[name], built[name]) for name in expected)
-    for name, values in read_parameters(open_store(str(run)), 2, "teacher").items():
+    for name, values in open_fragments(open_store(str(run)), 2).everything("teacher").items():
         if name.startswith("vision."):
             assert torch.equal(values, expected[name]), name
     digest = hashlib.sha256((weights / WEIGHTS).read_bytes()).hexdigest()
@@ -60,7 +60,7 @@ def test_a_run_begins_from_the_weights_and_never_reads_them_again(train_data: st
     shutil.rmtree(run / "checkpoints/step-000000002")
     resumed = maskclip(*words, f"init.uri={weights}", "run.processes=1")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    again = read_parameters(open_store(str(run)), 2, "master")
+    again = open_fragments(open_store(str(run)), 2).everything("master")
     assert all(torch.equal(again[name], stored[name]) for name in stored)
 
     shutil.rmtree(run / "checkpoints")  # as if it had been stopped before the first one

@@ -143,7 +143,7 @@ def one_rank(recipe: Path, rank: int, port: int, *knobs: str) -> subprocess.Pope
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_nobody_joins_is_77(tmp_path, rank):
-    process = one_rank(write_recipe(tmp_path), rank, local_launch._free_port())
+    process = one_rank(write_recipe(tmp_path), rank, local_launch.free_port())
     _, errors = process.communicate(timeout=120)
     lines = [line for line in errors.splitlines() if line.startswith("maskclip")]
     assert (process.returncode, len(lines)) == (77, 1), errors
@@ -152,7 +152,7 @@ def test_a_rank_that_nobody_joins_is_77(tmp_path, rank):
 
 
 def test_ranks_with_two_configurations_are_64_and_open_no_attempt(tmp_path):
-    recipe, port = write_recipe(tmp_path), local_launch._free_port()
+    recipe, port = write_recipe(tmp_path), local_launch.free_port()
     ranks = [one_rank(recipe, rank, port, f"optimizer.lr=1e-{3 + rank}") for rank in range(2)]
     ends = [process.communicate(timeout=150)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [64, 64], ends

@@ -11,10 +11,10 @@ from cluster.local_launch import run_local
 from cluster.store import open_store
 from system.report.history import load_history
 from tests.support import evaluation_worker
+from tests.support.paths import ROOT
 from tests.support.runs import instants, maskclip, train, write_recipe
 from tests.support.small_dataset import write_dataset
 
-ROOT = Path(__file__).resolve().parents[2]
 SCORES = ("image_to_text_r1", "image_to_text_r5", "text_to_image_r1", "text_to_image_r5", "top1", "knn_top1")
 
 

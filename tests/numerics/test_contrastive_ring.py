@@ -2,7 +2,6 @@
 grow with them."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from model import contrastive, losses
 from model.losses import SingleProcess
 from tests.support import contrastive_worker
 from tests.support.contrastive_worker import BIAS, ROWS, SCALE, made_up_features
+from tests.support.paths import ROOT
 from tests.unit.model.samples import relative_error
 
 
@@ -37,9 +37,8 @@ def naive(image_BE: Tensor, text_BE: Tensor, scale: Tensor, bias: Tensor, weight
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_any_number_of_processes_is_the_naive_loss_and_gradient(tmp_path, processes):
     image_BE, text_BE, weight_B = made_up_features(processes)
-    root = Path(__file__).resolve().parents[2]
     argv = [sys.executable, contrastive_worker.__file__, str(tmp_path)]
-    assert run_local(argv, processes, {"PYTHONPATH": str(root)}) == 0
+    assert run_local(argv, processes, {"PYTHONPATH": str(ROOT)}) == 0
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(processes)]
     for which in range(2):
         exact = {

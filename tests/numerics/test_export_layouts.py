@@ -20,6 +20,7 @@ from data_pipeline.loading.tokenizer import EOT, SPECIAL, Tokenizer, clean
 from model.config import preset
 from system.export.export import ExportConfig, export, load_export
 from tests.support import peers
+from tests.support.paths import CLIP_TOKENS
 from tests.support.small_dataset import write_dataset
 from tests.support.small_run import write_run
 
@@ -141,7 +142,7 @@ def test_their_tokenizer_gives_our_tokens_for_clean_captions(run, tmp_path: Path
     """Cleaning (broken encodings, HTML entities) is ours alone; words are the same."""
     export(run, ExportConfig(output=str(tmp_path), layout="hugging_face"))
     theirs = peers.transformers().AutoTokenizer.from_pretrained(str(tmp_path))
-    known = json.loads((Path(__file__).parents[1] / "data/clip_tokens.json").read_text("utf-8"))["captions"]
+    known = json.loads(CLIP_TOKENS.read_text("utf-8"))["captions"]
     captions = [clean(caption) for caption in (*CAPTIONS, *known)]
     captions = [caption for caption in captions if not any(word in caption for word in SPECIAL)]
     assert len(captions) > 300

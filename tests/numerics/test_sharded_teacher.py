@@ -2,12 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
 from cluster.local_launch import run_local
 from tests.support import teacher_worker
+from tests.support.paths import ROOT
 
 
 @pytest.mark.parametrize(
@@ -21,5 +21,4 @@ from tests.support import teacher_worker
 )
 def test_sharded_teacher_equals_unsharded_ema(processes, every_settings):
     argv = [sys.executable, teacher_worker.__file__, json.dumps(every_settings)]
-    root = Path(__file__).resolve().parents[2]  # the worker shares code with another one
-    assert run_local(argv, processes, {"PYTHONPATH": str(root)}) == 0
+    assert run_local(argv, processes, {"PYTHONPATH": str(ROOT)}) == 0

@@ -14,7 +14,7 @@ from cluster.store import open_store
 from model.losses import SingleProcess
 from model.objective import Objective
 from model.teacher import Teacher, ema_update_
-from system.checkpoints.checkpoint import read_parameters
+from system.checkpoints.checkpoint import open_fragments
 from system.engine.optim import build_optimizer, set_learning_rate
 from system.schedules import at
 from tests.support import engine_worker
@@ -31,7 +31,7 @@ def run_worker(processes: int, *jobs: tuple) -> None:
 
 
 def state(run: Path, step: int) -> dict[str, dict[str, torch.Tensor]]:
-    return {kind: read_parameters(open_store(str(run)), step, kind) for kind in KINDS}  # type: ignore[arg-type]
+    return {kind: open_fragments(open_store(str(run)), step).everything(kind) for kind in KINDS}  # type: ignore[arg-type]
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -16,7 +16,7 @@ import torch
 
 from cluster.store import open_store
 from cluster.world import World
-from model.config import preset
+from model.config import TextConfig, preset
 from system.build import build_engine, open_event_log, process_group
 from system.checkpoints.checkpointer import Checkpointer
 from system.config import DataConfig, EngineConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -24,6 +24,7 @@ from system.engine.accumulate import Accumulator
 from system.engine.collectives import DistributedCollectives
 from system.schedules import at
 
+TEXT = preset("test").text
 GLOBAL_BATCH = 11  # no number of ranks or micro-batches divides it
 
 
@@ -39,10 +40,9 @@ def worker_config(run: str, steps: int, settings: dict[str, Any]) -> TrainConfig
     )
 
 
-def made_up_batch(step: int) -> dict[str, torch.Tensor]:
+def made_up_batch(step: int, text: TextConfig = TEXT) -> dict[str, torch.Tensor]:
     """The global batch of a step, a pure function of the step."""
     generator = torch.Generator().manual_seed(1000 + step)
-    text = preset("test").text
     tokens = torch.zeros(GLOBAL_BATCH, text.context_length, dtype=torch.int64)
     tokens[:, 0] = text.start_token
     tokens[:, 1:9] = torch.randint(1, 500, (GLOBAL_BATCH, 8), generator=generator)

@@ -17,8 +17,7 @@ from cluster import local_launch
 from cluster.errors import Interrupted, Preempted
 from cluster.local_launch import run_local
 from cluster.stop import StopRequest, stop_raises
-
-ROOT = Path(__file__).parents[3]
+from tests.support.paths import ROOT
 
 
 def python(code: str, *arguments: object) -> list[str]:

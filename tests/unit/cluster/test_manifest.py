@@ -21,10 +21,10 @@ JSON = st.recursive(
 )
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3_env", "ceph_env"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     return open_store(
-        str(tmp_path / "set") if request.param == "local" else request.getfixturevalue("s3_env")
+        str(tmp_path / "set") if request.param == "local" else request.getfixturevalue(request.param)
     )
 
 

@@ -16,8 +16,7 @@ from ray.exceptions import LocalRayletDiedError, NodeDiedError, RayError, RaySys
 
 from cluster.errors import Hang, MaskClipError, ShardCorrupt
 from cluster.ray_tasks import ray_session, run_bounded
-
-ROOT = Path(__file__).parents[3]
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module", autouse=True)

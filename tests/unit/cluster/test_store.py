@@ -1,4 +1,4 @@
-"""Laws of an object store, on a local folder and on a real S3 server alike."""
+"""Laws of an object store, on a local folder and on two real S3 servers alike."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tests.support.s3_server import S3Server
 from tests.unit.cluster import children
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3_env", "ceph_env"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
-    root = str(tmp_path / "store") if request.param == "local" else request.getfixturevalue("s3_env")
+    root = str(tmp_path / "store") if request.param == "local" else request.getfixturevalue(request.param)
     return open_store(f"{root}/runs/first")
 
 

@@ -6,52 +6,32 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from cluster.errors import ObjectNotFound, StorageUnavailable
 from cluster.store import StoreConfig, open_store
+from tests.support.paths import ROOT
+from tests.support.proxy import Proxy
 from tests.support.s3_server import S3Server
 
-ROOT = Path(__file__).parents[3]
 TWICE = StoreConfig(attempts=2, backoff_seconds=0.01)
 
 
-class LosingProxy:
-    """Passes everything on to a server, but closes the connection instead of returning the next `losses` good
-    answers."""
+class LosingProxy(Proxy):
+    """Closes the connection instead of returning the next `losses` good answers."""
 
     def __init__(self, target: int) -> None:
-        self._target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
         self.losses = 0
-        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__(target)
 
-    def close(self) -> None:
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._target))
-                threading.Thread(target=self._pump, args=(client, server), daemon=True).start()
-                threading.Thread(target=self._pump, args=(server, client, True), daemon=True).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, answers: bool = False) -> None:
-        with suppress(OSError), source, sink:
-            while data := source.recv(1 << 16):
-                if answers and self.losses and b" 200 " in data.partition(b"\r\n")[0]:
-                    self.losses -= 1
-                    break
-                sink.sendall(data)
-            for end in (source, sink):
-                end.shutdown(socket.SHUT_RDWR)
+    def passes_answer(self, data: bytes, server: socket.socket) -> bool:
+        if self.losses and b" 200 " in data.partition(b"\r\n")[0]:
+            self.losses -= 1
+            return False
+        return True
 
 
 @pytest.fixture

@@ -14,24 +14,29 @@ def inputs(
     return q, k, v
 
 
-def test_auto_is_sdpa_on_the_cpu():
-    assert resolve_backend("auto", "cpu") == "sdpa"
-    assert resolve_backend("sdpa", "cuda") == "sdpa"
+def test_auto_on_the_cpu_is_sdpa_and_plain_products_in_bf16():
+    assert resolve_backend("auto", "cpu", torch.float32) == "sdpa"
+    assert resolve_backend("auto", "cpu", torch.bfloat16) == "math"
+    assert resolve_backend("sdpa", "cpu", torch.bfloat16) == "sdpa"
+    assert resolve_backend("sdpa", "cuda", torch.float32) == "sdpa"
 
 
 def test_what_is_asked_for_and_cannot_run_is_an_error():
     with pytest.raises(RuntimeError, match=r"set model\.attention to auto or sdpa"):
-        resolve_backend("xformers", "cpu")
+        resolve_backend("xformers", "cpu", torch.float32)
     with pytest.raises(RuntimeError, match="xformers cannot run on cpu"):
         attention(*inputs(1, 3, 2, 8), backend="xformers")
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "math"])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"),
+    [("sdpa", torch.float32, 1e-6), ("math", torch.float32, 1e-6), ("math", torch.bfloat16, 2e-2)],
+)
 @pytest.mark.parametrize("mask", ["none", "causal", "keys"])
 def test_attention_and_its_gradient_are_those_of_the_softmax_of_scaled_products(
-    mask: str, backend: Kernel
+    mask: str, backend: Kernel, dtype: torch.dtype, tolerance: float
 ) -> None:
-    q, k, v = (x.requires_grad_() for x in inputs(3, 7, 2, 8))
+    q, k, v = (x.to(dtype).requires_grad_() for x in inputs(3, 7, 2, 8))
     keys = torch.arange(7) < torch.tensor([7, 4, 1])[:, None]
     hidden = torch.zeros(3, 1, 7, 7, dtype=torch.bool)
     if mask == "causal":
@@ -44,14 +49,14 @@ def test_attention_and_its_gradient_are_those_of_the_softmax_of_scaled_products(
     out = attention(
         q, k, v, backend=backend, causal=mask == "causal", keys_BL=keys if mask == "keys" else None
     )
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     out.backward(upstream)
     expected.backward(upstream.double())
-    assert torch.allclose(out.double(), expected, atol=1e-6)
+    assert torch.allclose(out.double(), expected, atol=tolerance)
     for ours, theirs in zip((q, k, v), exact, strict=True):
         assert ours.grad is not None
         assert theirs.grad is not None
-        assert torch.allclose(ours.grad.double(), theirs.grad, atol=1e-6)
+        assert torch.allclose(ours.grad.double(), theirs.grad, atol=tolerance)
 
 
 def test_only_plain_products_are_deterministic_on_a_gpu():

@@ -18,10 +18,10 @@ from system import console
 from system.cli import main
 from system.commands import cell, duration, preprocess_note
 from system.console import progress_bar
+from tests.support.paths import ROOT
 from tests.support.small_dataset import flip_byte
 from tests.support.small_set import small_sample, write_set
 
-ROOT = Path(__file__).parents[3]
 HEAVY = ("torch", "ray", "deepspeed", "matplotlib")
 
 

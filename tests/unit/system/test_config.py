@@ -1,7 +1,5 @@
 """Configuration: what is wrong is named with its dotted path; what a run is does not change silently."""
 
-from pathlib import Path
-
 import pytest
 
 from cluster.errors import ConfigError
@@ -23,8 +21,9 @@ from system.evaluation.config import EvaluateConfig
 from system.export.config import ExportConfig
 from system.recipe import load_recipe, parse_overrides, validate
 from system.settings_help import settings
+from tests.support.paths import ROOT
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+CONFIGS = ROOT / "configs"
 EMOJI = str(CONFIGS / "emoji.yaml")
 
 

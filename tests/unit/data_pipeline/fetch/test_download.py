@@ -13,8 +13,8 @@ import pytest
 from data_pipeline.fetch.download import OPT_OUT_TAGS, REASONS, reason
 from data_pipeline.fetch.web import unpack
 from data_pipeline.records import Reject, SourceRow
-from tests.architecture.imports import ROOT
 from tests.support import web_server as web
+from tests.support.paths import ROOT
 from tests.support.web_rows import CONFIG, FETCH, IMAGE, IMPATIENT, fetch, fetch_all, rejected, row
 from tests.support.web_server import Exchange, Page, WebServer, in_turn, page, redirect, slowly
 

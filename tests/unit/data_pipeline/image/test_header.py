@@ -7,7 +7,6 @@ import re
 import struct
 import tracemalloc
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from data_pipeline.image.header import MAX_BLOCKS, REASONS, HeaderError, ImageHeader, read_header
+from tests.support.paths import ROOT
 from tests.support.raw_input import encode, noise
 
 STARTS = (b"", b"\xff\xd8", b"\xff\xd8\xff\xe1", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBPVP8X", b"GIF89a")
@@ -245,11 +245,10 @@ def test_a_huge_jpeg_is_known_without_its_pixels() -> None:
 
 
 def test_every_reason_is_in_the_documentation() -> None:
-    root = Path(__file__).resolve().parents[3]
-    lines = (root / "docs/data-format.md").read_text("utf-8").splitlines()
+    lines = (ROOT / "docs/data-format.md").read_text("utf-8").splitlines()
     assert [f"| `{reason}` | {meaning} |" for reason, meaning in REASONS.items()] == [
         line for line in lines if line.startswith(tuple(f"| `{reason}`" for reason in REASONS))
     ]
-    code = (root / "data_pipeline/image/header.py").read_text("utf-8")
+    code = (ROOT / "data_pipeline/image/header.py").read_text("utf-8")
     found = re.findall(r'"((?:not|unsupported|truncated|broken)_[a-z_]+)"', code)
     assert set(found) == set(REASONS)

@@ -33,6 +33,7 @@ from data_pipeline.job.filters import (
 from data_pipeline.job.lists import ListConfig, canonical_url, lists_digest, load_list, write_list
 from data_pipeline.records import Reject, SourceRow
 from system.recipe import validate
+from tests.support.paths import ROOT
 from tests.support.raw_input import encode, noise
 
 
@@ -335,7 +336,7 @@ def test_a_rule_for_a_column_that_the_table_does_not_give_is_an_error() -> None:
 
 
 def test_every_reason_is_in_the_documentation() -> None:
-    page = Path(__file__).resolve().parents[3] / "docs/sources.md"
+    page = ROOT / "docs/sources.md"
     lines = page.read_text("utf-8").splitlines()
     for stage, reasons in (("source", SOURCE_REASONS), ("filters", REASONS)):
         assert [line for line in lines if f"| {stage} |" in line] == [

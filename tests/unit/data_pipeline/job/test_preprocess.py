@@ -28,9 +28,9 @@ from data_pipeline.job.filters import FilterConfig
 from data_pipeline.job.lists import ListConfig
 from data_pipeline.job.preprocess import PreprocessConfig, PreprocessSummary, run_preprocess
 from data_pipeline.job.selection import ShardConfig
+from tests.support.paths import ROOT
 from tests.support.raw_input import encode, members, noise, write_tar
 
-ROOT = Path(__file__).parents[3]
 CHUNKS = 6
 # A driver of its own, which kills itself at some point: python -c DRIVER <source> <output> [<stage> <done>]
 DRIVER = """

@@ -28,9 +28,9 @@ from data_pipeline.job.selection import PLAN_SCHEMA, Selection, ShardConfig, rea
 from data_pipeline.job.selection_writer import shard_of
 from data_pipeline.keyed import mix
 from data_pipeline.records import ROWS_SCHEMA, STAGED_SCHEMA
+from tests.support.paths import ROOT
 from tests.support.staged_set import StagedSet, expected_drops, planted, refused_row, staged_row, write_round
 
-ROOT = Path(__file__).parents[3]
 ALL = DuplicateConfig(bytes=True, pixels=True, pair=True, near_radius=3)
 NONE = DuplicateConfig()
 GLOBAL = ShardConfig(shuffle="global", samples_per_shard=40, seed=7)
@@ -181,7 +181,7 @@ from pathlib import Path
 from cluster.ray_tasks import ray_session
 from data_pipeline.job.selection import select_rows
 from tests.support.staged_set import planted
-from tests.unit.data_pipeline.test_selection import ALL, GLOBAL
+from tests.unit.data_pipeline.job.test_selection import ALL, GLOBAL
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     with ray_session(4):

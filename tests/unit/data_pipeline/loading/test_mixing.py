@@ -22,9 +22,10 @@ from data_pipeline.loading.mixing import MixedOrder, MixLocated, MixPart, keyed_
 from data_pipeline.loading.order import OrderConfig, SampleOrder
 from data_pipeline.records import sample_id
 from system.config import DataConfig, load_train_recipe
+from tests.support.paths import ROOT
 from tests.support.small_dataset import write_dataset
 
-EMOJI = str(Path(__file__).resolve().parents[3] / "configs" / "emoji.yaml")
+EMOJI = str(ROOT / "configs" / "emoji.yaml")
 
 
 class Case(NamedTuple):

@@ -11,7 +11,6 @@ import json
 import pickle
 import unicodedata
 from itertools import pairwise
-from pathlib import Path
 
 import ftfy
 import numpy as np
@@ -21,8 +20,9 @@ from hypothesis import strategies as st
 
 from data_pipeline.loading import tokenizer as tokenizer_module
 from data_pipeline.loading.tokenizer import EOT, SOT, Tokenizer, load_merges
+from tests.support.paths import CLIP_TOKENS
 
-GOLDEN = Path(__file__).parents[2] / "data" / "clip_tokens.json"
+GOLDEN = CLIP_TOKENS
 CONTRACTIONS = ("s", "t", "re", "ve", "m", "ll", "d")
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 

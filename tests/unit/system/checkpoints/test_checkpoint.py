@@ -18,7 +18,7 @@ from system.checkpoints.checkpoint import (
     committed_steps,
     newest_step,
     open_checkpoint,
-    read_parameters,
+    open_fragments,
 )
 
 SHAPE = [7, 11]
@@ -54,7 +54,7 @@ def test_every_run_reads_back_whatever_the_cut(tmp_path_factory, data):
     length = data.draw(st.integers(1, values.numel() - start))
     (found,) = reader.read([("master", "w", start, length)])
     assert torch.equal(found, values.flatten()[start : start + length])
-    assert torch.equal(read_parameters(open_store(str(folder)), 3, "master")["w"], values)
+    assert torch.equal(open_fragments(open_store(str(folder)), 3).everything("master")["w"], values)
 
 
 def test_a_run_that_is_not_covered_is_an_error(tmp_path):

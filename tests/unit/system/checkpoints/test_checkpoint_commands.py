@@ -10,7 +10,7 @@ import torch
 from cluster.errors import CheckpointIncompatible, ConfigError
 from cluster.store import open_store
 from system import cli
-from system.checkpoints.checkpoint import committed_steps, read_parameters, step_folder
+from system.checkpoints.checkpoint import committed_steps, open_fragments, step_folder
 from tests.support.small_dataset import flip_byte, write_dataset
 from tests.support.small_run import CHECKPOINTS, write_run
 
@@ -86,7 +86,7 @@ def test_a_copy_is_the_same_checkpoint(run, tmp_path, checkpoint):
     assert [row["digest"] for row in checkpoint("list", run)] == [
         row["digest"] for row in checkpoint("list", target)
     ]
-    one, other = (read_parameters(open_store(str(uri)), LAST, "master") for uri in (run, target))
+    one, other = (open_fragments(open_store(str(uri)), LAST).everything("master") for uri in (run, target))
     assert all(torch.equal(one[name], other[name]) for name in one)
     damage(run, FIRST)
     checkpoint("copy", run, f"to={tmp_path / 'no'}", f"step={FIRST}", code=CheckpointIncompatible.exit_code)

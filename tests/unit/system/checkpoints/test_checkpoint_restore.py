@@ -1,11 +1,10 @@
 """One process saves and restores a state: damage is always found, and nothing good is ever given up."""
 
 import random
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from cluster.errors import CheckpointIncompatible, StorageUnavailable, Superseded
@@ -15,48 +14,11 @@ from cluster.store import ObjectStore, open_store
 from cluster.store_local import LocalStore
 from system.checkpoints import save as checkpoint_save
 from system.checkpoints.checkpoint import committed_steps, open_checkpoint, step_folder
-from system.checkpoints.config import CheckpointConfig
 from system.checkpoints.local_tier import LocalTier
 from system.checkpoints.restore import restore
-from system.checkpoints.retention import Retention
-from system.checkpoints.save import Place, SaveJob
-from system.checkpoints.snapshot import Snapshot
-from system.checkpoints.state_digest import add, run_sum
+from system.checkpoints.save import SaveJob
+from tests.support.held_state import HeldState, save_job
 from tests.support.small_dataset import flip_byte
-
-KINDS = ("master", "exp_avg", "exp_avg_sq", "teacher")
-
-
-class Tensors:
-    """A job that is nothing but its state."""
-
-    def __init__(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.shapes = {"a.weight": [40, 30], "b": [1]}
-        self.values = {
-            (kind, name): torch.randn(shape, generator=generator).flatten()
-            for kind in KINDS
-            for name, shape in self.shapes.items()
-        }
-
-    def saved_tensors(self):
-        return {f"{kind}/{name}/0": values for (kind, name), values in self.values.items()}
-
-    def targets(self):
-        return [((kind, name, 0, values.numel()), values) for (kind, name), values in self.values.items()]
-
-    def filled(self, step: int) -> None:
-        pass
-
-    def digest(self) -> str:
-        sums = []
-        for (kind, name), values in self.values.items():
-            if kind in ("master", "teacher"):
-                sums.append(run_sum(name if kind == "master" else f"teacher/{name}", 0, values.numpy()))
-        return add(sums)
-
-    def equals(self, other: "Tensors") -> bool:
-        return all(torch.equal(values, other.values[key]) for key, values in self.values.items())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,29 +41,14 @@ def events(run):
     log.close()
 
 
-def job(
-    run: ObjectStore,
-    events: EventLog,
-    step: int,
-    state: Tensors,
-    config: CheckpointConfig,
-    local: LocalTier | None = None,
-) -> SaveJob:
-    place = Place(run, 0, 1, events, config, local, Retention(run, config, events))
-    snapshot = Snapshot(state.saved_tensors())
-    snapshot.take(state.saved_tensors())
-    meta = {"slot": step * 8, "samples_seen": step * 8, "parameters": state.shapes}
-    return SaveJob(place, step, meta, snapshot, time.monotonic(), 0.0)
-
-
-def save(run: ObjectStore, events: EventLog, step: int, state: Tensors, **knobs) -> SaveJob:
-    done = job(run, events, step, state, CheckpointConfig(**knobs))
+def save(run: ObjectStore, events: EventLog, step: int, state: HeldState, **knobs) -> SaveJob:
+    done = save_job(run, events, step, state, **knobs)
     done.run()
     return done
 
 
 def test_what_was_saved_comes_back(run, events):
-    saved, filled = Tensors(1), Tensors(2)
+    saved, filled = HeldState(1), HeldState(2)
     assert save(run, events, 4, saved).committed
     restored = restore(run, filled, events, None)  # type: ignore[arg-type]
     assert (restored.step, restored.meta["slot"], restored.meta["attempt"]) == (4, 32, 1)
@@ -110,7 +57,7 @@ def test_what_was_saved_comes_back(run, events):
 
 def test_every_flip_and_every_truncation_is_found(run, events):
     """Each time the checkpoint before is taken: no value of the damaged one survives."""
-    older, newer = Tensors(1), Tensors(2)
+    older, newer = HeldState(1), HeldState(2)
     save(run, events, 4, older)
     save(run, events, 8, newer)
     folder = Path(run.uri, "checkpoints", step_folder(8))
@@ -127,29 +74,29 @@ def test_every_flip_and_every_truncation_is_found(run, events):
             end = len(data) if number % 2 else min(len(data), 700)
             data[draw.randrange(end)] ^= 1 << draw.randrange(8)
         path.write_bytes(data)
-        filled = Tensors(3)
+        filled = HeldState(3)
         restored = restore(run, filled, events, None)  # type: ignore[arg-type]
         assert restored.step == 4, f"{number}: {path.name}"
         assert filled.equals(older)
         assert committed_steps(run) == [4]
         for kept, original in whole.items():
             kept.write_bytes(original)
-    filled = Tensors(3)
+    filled = HeldState(3)
     assert restore(run, filled, events, None).step == 8  # type: ignore[arg-type]
     assert filled.equals(newer)
 
 
 def test_when_all_are_damaged_the_run_does_not_begin_again(run, events):
-    save(run, events, 4, Tensors(1))
+    save(run, events, 4, HeldState(1))
     (file,) = Path(run.uri).glob("checkpoints/*/*.safetensors")
     file.write_bytes(b"")
     with pytest.raises(CheckpointIncompatible, match="every checkpoint of this run is damaged"):
-        restore(run, Tensors(2), events, None)  # type: ignore[arg-type]
+        restore(run, HeldState(2), events, None)  # type: ignore[arg-type]
 
 
 def test_a_checkpoint_of_another_model_is_not_damage(run, events):
-    save(run, events, 4, Tensors(1))
-    other = Tensors(2)
+    save(run, events, 4, HeldState(1))
+    other = HeldState(2)
     other.shapes["b"] = [2]
     with pytest.raises(CheckpointIncompatible, match="first difference: b"):
         restore(run, other, events, None)  # type: ignore[arg-type]
@@ -157,9 +104,9 @@ def test_a_checkpoint_of_another_model_is_not_damage(run, events):
 
 
 def test_an_older_attempt_cannot_commit_and_files_never_mix(run, events):
-    old = job(run, events, 4, Tensors(1), CheckpointConfig())
+    old = save_job(run, events, 4, HeldState(1))
     newer = EventLog(run, claim_attempt(run), 0)
-    fresh = save(run, newer, 4, Tensors(2))
+    fresh = save(run, newer, 4, HeldState(2))
     manifest = run.get(f"checkpoints/{step_folder(4)}/{MANIFEST}")
     old.run()
     newer.close()
@@ -167,16 +114,14 @@ def test_an_older_attempt_cannot_commit_and_files_never_mix(run, events):
     assert not old.committed
     assert isinstance(old.error, Superseded)
     assert run.get(f"checkpoints/{step_folder(4)}/{MANIFEST}") == manifest
-    filled = Tensors(3)
+    filled = HeldState(3)
     restore(run, filled, events, None)  # type: ignore[arg-type]
-    assert filled.equals(Tensors(2))
+    assert filled.equals(HeldState(2))
 
 
 def test_a_part_that_never_comes_ends_the_save_by_its_deadline(run, events):
-    config = CheckpointConfig(deadline_seconds=0.3)
-    place = Place(run, 0, 2, events, config, None, Retention(run, config, events))
-    alone = job(run, events, 4, Tensors(1), config)
-    lonely = SaveJob(place, 4, alone.meta, alone.snapshot, time.monotonic(), 0.0)
+    alone = save_job(run, events, 4, HeldState(1), deadline_seconds=0.3)
+    lonely = replace(alone, place=replace(alone.place, ranks=2))
     lonely.run()
     assert isinstance(lonely.error, StorageUnavailable)
     assert "deadline_seconds" in str(lonely.error)
@@ -185,7 +130,7 @@ def test_a_part_that_never_comes_ends_the_save_by_its_deadline(run, events):
 
 def test_what_reads_back_changed_is_taken_back_and_nothing_old_goes(run, events, monkeypatch):
     """A store that loses a byte between the upload and the read."""
-    save(run, events, 4, Tensors(1))
+    save(run, events, 4, HeldState(1))
     commit = checkpoint_save.commit
 
     def losing(store, manifest):
@@ -194,7 +139,7 @@ def test_what_reads_back_changed_is_taken_back_and_nothing_old_goes(run, events,
         return commit(store, manifest)
 
     monkeypatch.setattr(checkpoint_save, "commit", losing)
-    done = save(run, events, 8, Tensors(2), keep_last=1)
+    done = save(run, events, 8, HeldState(2), keep_last=1)
     assert done.failed
     assert committed_steps(run) == [4]
 
@@ -206,9 +151,9 @@ def test_a_failed_save_is_an_event_and_the_next_one_works(run, events, monkeypat
         raise StorageUnavailable(f"{store.uri}/{key}: 503")
 
     monkeypatch.setattr(LocalStore, "put_pieces", refusing)
-    assert save(run, events, 4, Tensors(1)).failed
+    assert save(run, events, 4, HeldState(1)).failed
     monkeypatch.setattr(LocalStore, "put_pieces", put)
-    assert save(run, events, 8, Tensors(2)).committed
+    assert save(run, events, 8, HeldState(2)).committed
     events.flush()
     found = {e["name"]: e for e in read_events(run)}
     assert "503" in found["checkpoint_failed"]["reason"]
@@ -221,11 +166,11 @@ def test_a_failed_save_is_an_event_and_the_next_one_works(run, events, monkeypat
 
 def test_the_nodes_own_copy_is_read_if_it_is_what_was_committed(run, events, tmp_path):
     local = LocalTier(str(tmp_path / "local"), run.uri, keep=1)
-    config, saved = CheckpointConfig(), Tensors(1)
+    saved = HeldState(1)
     for step in (4, 8):
-        job(run, events, step, saved, config, local).run()
+        save_job(run, events, step, saved, local).run()
     (copy,) = (tmp_path / "local").rglob("*.safetensors")  # that of step 4 has gone
-    filled = Tensors(2)
+    filled = HeldState(2)
     restore(run, filled, events, local)  # type: ignore[arg-type]
     flip_byte(copy, 3000)
     restore(run, filled, events, local)  # type: ignore[arg-type]

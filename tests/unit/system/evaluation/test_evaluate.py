@@ -23,7 +23,8 @@ from system.evaluation.figures import write_scores
 from system.evaluation.view import render, render_several
 from system.export.export import ExportConfig, export, load_export
 from system.report.history import load_history
-from system.report.report import load_run, write_report
+from system.report.report import write_report
+from system.report.story import load_run
 from tests.support.small_dataset import write_dataset
 from tests.support.small_run import CHECKPOINTS, write_run
 from tests.support.stored_batches import eval_batches

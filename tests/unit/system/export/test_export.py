@@ -18,12 +18,12 @@ from cluster.errors import CheckpointIncompatible, ConfigError, DataError, Manif
 from cluster.store import open_store
 from model import convert
 from model.config import preset
-from system.checkpoints.checkpoint import read_parameters
+from system.checkpoints.checkpoint import open_fragments
 from system.export.export import ExportConfig, export, load_export, load_trained
+from tests.support.paths import ROOT
 from tests.support.small_dataset import flip_byte, picture, write_dataset
 from tests.support.small_run import run_config, student_and_teacher, write_run
 
-ROOT = Path(__file__).parents[3]
 READER = ROOT / "examples/read_checkpoint.py"
 
 
@@ -188,6 +188,14 @@ def test_streamed_file_is_that_of_the_whole_state(run: str, tmp_path: Path, layo
     assert result["parameters"] == sum(tensor.numel() for tensor in whole.values())
 
 
+def memory_of_exports(tower: str, *runs: Path) -> list[int]:
+    """See `export_memory`."""
+    argv = [sys.executable, str(ROOT / "tests/support/export_memory.py"), tower, *map(str, runs)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return [int(number) for number in done.stdout.split()]
+
+
 def test_memory_does_not_grow_with_the_layers(tmp_path: Path):
     """24 more layers of the image tower are 19 MB of weights; what an export adds at its peak is less."""
     write_dataset(str(tmp_path / "data"), [2])
@@ -198,13 +206,23 @@ def test_memory_does_not_grow_with_the_layers(tmp_path: Path):
         distill = replace(base.distill, weight=0.0)
         model = replace(base, vision=vision, text=text, distill=distill)
         write_run(str(tmp_path / f"run-{layers}"), str(tmp_path / "data"), model)
-    script = ROOT / "tests/support/export_memory.py"
-    argv = [sys.executable, str(script), *(str(tmp_path / f"run-{layers}") for layers in (1, 25))]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    small, large, weights = map(int, done.stdout.split())
+    small, large, weights = memory_of_exports("student", tmp_path / "run-1", tmp_path / "run-25")
     assert weights > 19 << 20
     assert large < small + (weights - small) / 4
+
+
+def test_memory_is_that_of_the_largest_tensor(tmp_path: Path):
+    """One of 51 MB, against a model without it: at most 1.2 times as much, and two requests of 8 MiB."""
+    write_dataset(str(tmp_path / "data"), [2])
+    base = preset("test")
+    for words in (1000, 200_000):
+        text = replace(base.text, vocab_size=words)
+        write_run(str(tmp_path / f"run-{words}"), str(tmp_path / "data"), replace(base, text=text))
+    largest = 4 * 200_000 * base.text.width
+    for tower in ("student", "teacher"):
+        small, large, weights = memory_of_exports(tower, tmp_path / "run-1000", tmp_path / "run-200000")
+        assert weights > largest
+        assert large - small < 1.2 * largest + (16 << 20)
 
 
 def test_layout_of_others_is_not_for_load_export(run: str, tmp_path: Path):
@@ -238,7 +256,7 @@ def test_the_example_reads_a_checkpoint(run: str):
     names = run_path(str(READER))
     for kind in ("master", "exp_avg", "teacher"):
         theirs = names["read_checkpoint"](f"{run}/checkpoints/step-000000012", kind)
-        ours = read_parameters(open_store(run), 12, kind)
+        ours = open_fragments(open_store(run), 12).everything(kind)
         assert theirs.keys() == ours.keys()
         assert all(np.array_equal(theirs[name], ours[name].numpy()) for name in ours)
 

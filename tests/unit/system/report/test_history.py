@@ -13,9 +13,8 @@ from cluster.errors import ObjectNotFound
 from cluster.events import EventLog, claim_attempt
 from cluster.store import open_store
 from system.report.history import LastWords, build_history, last_words, load_history, own_attempt
+from tests.support.paths import ROOT
 from tests.support.small_run import CHECKPOINTS, KILLED_AFTER, STEPS, write_events
-
-ROOT = Path(__file__).parents[3]
 
 
 def test_killed_and_resumed_run(tmp_path: Path):

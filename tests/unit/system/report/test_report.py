@@ -14,8 +14,8 @@ from cluster.errors import ConfigError, ObjectNotFound
 from cluster.events import EventLog
 from cluster.store import ObjectStore, open_store
 from system.report.figures import thin
-from system.report.history import load_history
-from system.report.report import load_run, summarise, summary, write_report
+from system.report.report import summary, write_report
+from system.report.story import load_run, summarise
 from system.run_folder import claim_run
 from tests.support.small_run import STEPS, run_config, write_events
 
@@ -103,7 +103,7 @@ def test_page_has_every_part(run: ObjectStore, tmp_path: Path):
     numbers = ("50.0 %", "10.0 times chance", "zero-shot, 100 classes")
     for words in (*story, *numbers, "Learning rate", "Throughput", "global_batch"):
         assert words in page.text
-    assert page.tags.count("figure") == 5  # loss, image_text, lr, pairs_per_second, grad_norm
+    assert page.tags.count("figure") == 6  # time line, loss, image_text, lr, pairs_per_second, grad_norm
     assert page.tags.count("img") == 2 + 1
 
 
@@ -121,7 +121,7 @@ def test_summary_is_json_and_the_terminal_shows_it(run: ObjectStore, tmp_path: P
     assert facts["evaluations"][0]["retrieval"]["image_to_text"]["r5"] == 0.5
     assert "pictures" not in facts["evaluations"][0]
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(summary(load_history(run)))
+    console.print(summary(load_run(run)))
     text = console.export_text()
     for words in ("Finished", "12 steps", "killed", "checkpoint 6", "7-12"):
         assert words in text
@@ -192,7 +192,7 @@ def test_values_that_are_not_finite_leave_gaps(tmp_path: Path):
         log.scalar(step, loss=loss, grad_norm=math.nan)
     log.close()
     page = page_of(run, tmp_path)
-    assert page.tags.count("figure") == 1
+    assert page.tags.count("figure") == 2  # time line, loss
     assert json.dumps(summarise(load_run(run)), allow_nan=False)
 
 
