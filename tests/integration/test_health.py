@@ -3,38 +3,35 @@ hangs or computes something else ends the attempt with a name."""
 
 import json
 import shutil
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from cluster.local_launch import run_local
 from tests.integration.test_resume import assert_same_run
-from tests.support import poison_rank
-from tests.support.runs import instants, live_steps, train, write_recipe
+from tests.support.poisoned_runs import Fault, PoisonedRuns
+from tests.support.runs import instants, live_steps, write_recipe
 
-Fault = tuple[str, int, int, int, int]
 BATCH = 24
 
 
-def train_poisoned(recipe: Path, run: Path, data: str, faults: list[Fault], *knobs: str) -> int:
-    """Two ranks, of which some go wrong; the exit code."""
-    words = [poison_rank.__file__, json.dumps(faults), str(recipe), f"run.uri={run}", f"data.uri={data}"]
-    return run_local([sys.executable, *words, *knobs], 2, None)
+@pytest.fixture(scope="module")
+def runs() -> Iterator[PoisonedRuns]:
+    with PoisonedRuns() as runs:
+        yield runs
 
 
 def end_reasons(run: Path) -> list[str]:
     return [event["reason"] for event in instants(run, "attempt_ended")]
 
 
-def test_non_finite_steps_are_refused_then_skipped_and_nothing_else_changes(tmp_path, train_data):
+def test_non_finite_steps_are_refused_then_skipped_and_nothing_else_changes(runs, tmp_path, train_data):
     """Once in a loss, once in a gradient: tried again. Three times in window 6: rolled back to step 4 and
     skipped. What comes out is the run that was told to skip window 6, to the bit."""
     recipe, run, told = write_recipe(tmp_path), tmp_path / "run", tmp_path / "told"
     once: list[Fault] = [("loss", 1, 2, 2, 1), ("gradient", 0, 3, 3, 1)]
-    assert train_poisoned(recipe, run, train_data, [*once, ("loss", 1, 6, 6, 3)]) == 76
+    assert runs.train(recipe, run, train_data, faults=[*once, ("loss", 1, 6, 6, 3)]) == [76, 76]
     refused = instants(run, "step_refused")
     assert [(event["step"], event["ranks"]) for event in refused] == [(2, [1]), (3, [0]), *[(6, [1])] * 3]
     assert refused[0]["reason"].startswith("non-finite loss on 1 ranks (rank 1")
@@ -43,56 +40,53 @@ def test_non_finite_steps_are_refused_then_skipped_and_nothing_else_changes(tmp_
     (record,) = (json.loads(path.read_text()) for path in (run / "skips").iterdir())
     assert (record["window"], record["step"], record["attempt"]) == (6, 6, 1)
 
-    shutil.copytree(run, tmp_path / "hopeless")
-    train(recipe, run, train_data)
+    hopeless = tmp_path / "hopeless"
+    shutil.copytree(run, hopeless)
+    assert runs.train(recipe, run, train_data) == [0, 0]
     shutil.copytree(run / "skips", told / "skips")
-    train(recipe, told, train_data)
+    assert runs.train(recipe, told, train_data) == [0, 0]
     assert_same_run(run, told, after=0, last=12)
     slots = [live_steps(run)[step]["slot"] // BATCH for step in range(1, 13)]
     assert slots == [0, 1, 2, 3, 4, 5, *range(7, 13)]
 
     # At another world size, and from a checkpoint that lies behind the window: the same samples.
     shutil.rmtree(run / "checkpoints/step-000000012")
-    train(recipe, run, train_data, processes=1)
+    assert runs.train(recipe, run, train_data, processes=1) == [0]
     for step in range(9, 13):
         for key in ("slot", "ids_digest"):
             assert live_steps(run)[step][key] == live_steps(told)[step][key]
 
     # The next window is no better: it is not the samples.
-    hopeless = tmp_path / "hopeless"
-    assert train_poisoned(recipe, hopeless, train_data, [("gradient", 1, 6, 99, 99)]) == 76
+    assert runs.train(recipe, hopeless, train_data, faults=[("gradient", 1, 6, 99, 99)]) == [76, 76]
     assert "it is not the samples" in end_reasons(hopeless)[1]
     assert len(list((hopeless / "skips").iterdir())) == 1
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_a_copy_that_differs_names_its_rank(tmp_path, train_data, stage):
-    """At stage 0 every rank updates its own copy, so a flipped bit stays. Nothing is wrong at stage 3."""
+def test_a_copy_that_differs_ends_the_run(runs, tmp_path, train_data):
+    """At stage 0 every rank updates its own copy, so a flipped bit stays."""
     recipe, run = write_recipe(tmp_path), tmp_path / "run"
-    knobs = ("health.compare_every=2", f"engine.zero_stage={stage}", "run.steps=6")
-    faults: list[Fault] = [("memory", 1, 2, 2, 1)] if stage == 0 else []
-    code = train_poisoned(recipe, run, train_data, faults, *knobs)
-    assert code == (77 if faults else 0)
-    if faults:
-        (reason,) = end_reasons(run)
-        assert reason.startswith("DeviceFault: step 4: ")
-        assert "on rank 0, 1" in reason, "of two nobody can tell which"
+    knobs = ("health.compare_every=2", "engine.zero_stage=0")
+    assert runs.train(recipe, run, train_data, *knobs, faults=[("memory", 1, 2, 2, 1)]) == [77, 77]
+    (reason,) = end_reasons(run)
+    assert reason.startswith("DeviceFault: step 4: ")
+    assert "on rank 0, 1" in reason, "of two nobody can tell which"
 
 
-def test_a_rank_that_hangs_ends_all_with_their_stacks(tmp_path, train_data):
+def test_a_rank_that_hangs_ends_all_with_their_stacks(runs, tmp_path, train_data):
+    """At stage 3; the ranks' copies are compared until then, and none differs."""
     recipe, run = write_recipe(tmp_path), tmp_path / "run"
     started = time.monotonic()
-    knobs = ("run.steps=60", "watchdog.floor_seconds=15")
-    code = train_poisoned(recipe, run, train_data, [("hang", 1, 20, 20, 1)], *knobs)
-    assert code == 77
+    knobs = ("run.steps=60", "engine.zero_stage=3", "health.compare_every=2")
+    limits = ("watchdog.floor_seconds=5", "watchdog.times_median=40")
+    assert runs.train(recipe, run, train_data, *knobs, *limits, faults=[("hang", 1, 12, 12, 1)]) == [77, 77]
     assert time.monotonic() - started < 300  # the rank would sleep twice as long
-    stacks: list[Any] = [
+    stacks = [
         (run / f"hangs/attempt-0001/rank-0000{rank}.txt").read_text().split("\n", 1) for rank in range(2)
     ]
     heads = [json.loads(head) for head, _ in stacks]
-    assert [head["steps_done"] for head in heads] == [20, 20]
+    assert [head["steps_done"] for head in heads] == [12, 12]
     assert [head["phase"] for head in heads] == ["forward", "forward"]
-    # The one that waits stands in a collective, the one that hangs does not.
-    assert ["collectives.py" in stack for _, stack in stacks] == [True, False]
+    # The one that waits does so inside of the passes, the one that hangs has not begun them.
+    assert ["accumulate.py" in stack for _, stack in stacks] == [True, False]
     assert heads[0]["limit_seconds"] < 300
     assert instants(run, "hang")

@@ -4,6 +4,7 @@ A refused step must leave nothing behind, at any stage: neither of its gradient 
 """
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,6 +83,12 @@ def non_finite_loss(config: TrainConfig, world: World, run: ObjectStore, events:
         assert trainer.refused_steps == config.engine.max_refused_steps * disturbed
         states.append(state(trainer))
     assert equal(*states), f"a refused step left something behind with {config.engine}"
+    events.flush()
+    if world.rank == 0:
+        (told,) = (event for event in read_events(run) if event.get("name") == "step_refused")
+        last = replace(world, rank=world.size - 1)
+        assert told["ids"] == share(made_up_batch(1), last)["id"][-2:].tolist(), told
+        assert told["ranks"] == [last.rank], told
 
 
 def overflow(config: TrainConfig, world: World, run: ObjectStore, events: EventLog) -> None:
