@@ -82,6 +82,7 @@ class Trainer:
         self.steps_done = restored.step
         self.skipped = skips.skipped_windows(restored.meta, restored.step, records)
         self.refused_steps = restored.meta.get("refused_steps", 0)
+        self.health.resume(restored.meta)
         self.engine.set_loss_scaling(restored.meta.get("loss_scaling"))
         return restored.step or None
 
@@ -189,6 +190,7 @@ class Trainer:
             "slot": window_of(self.steps_done, self.skipped) * batch,
             "samples_seen": self.steps_done * batch,
             **skips.counted(self.steps_done, self.skipped),
+            **self.health.counters(),
             "refused_steps": self.refused_steps,
             "loss_scaling": self.engine.loss_scaling(),
         }

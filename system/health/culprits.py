@@ -1,11 +1,12 @@
 """Which rank, and which of its samples, is not finite in a step that was refused.
 
-The contrastive loss mixes all samples, so one that is not finite shows on every rank. Here each row goes
-through the model alone: its own features and its own shares of the other terms. A step is refused rarely, so
-that may take its time.
+The contrastive loss mixes all samples, so one that is not finite shows on every rank. Here rows go through
+the model without the others: first in groups of about the square root of their number, then those of the
+groups that are not finite one by one.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from model.global_batch import Features, MicroBatch
 from model.teacher import Teacher
-from system.engine.accumulate import split
+from system.engine.accumulate import Batch, split
 from system.engine.engine import Engine
 
 MOST_NAMED = 8
@@ -63,7 +64,7 @@ def find(
     engine: Engine,
     teacher: Teacher | None,
     temperature: float,
-    batch: Mapping[str, Tensor],
+    batch: Batch,
     loss_finite: bool,
     gradients_finite: bool,
 ) -> list[Culprit]:
@@ -74,8 +75,8 @@ def find(
         dist.get_rank(),
         not loss_finite,
         not gradients_finite,
-        tuple(batch["slot"][bad].tolist()),
-        tuple(batch["id"][bad].tolist()),
+        tuple(int(row["slot"]) for row in bad),
+        tuple(int(row["id"]) for row in bad),
     )
     everyone: list[Culprit] = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
@@ -98,12 +99,9 @@ def describe(culprits: list[Culprit]) -> str:
 
 
 @torch.no_grad()
-def _bad_rows(
-    engine: Engine, teacher: Teacher | None, temperature: float, batch: Mapping[str, Tensor]
-) -> Tensor:
-    """bool [b]: rows whose own values are not finite. All ranks have equally many rows, and their passes meet
-    where parameters are sharded."""
-    rows = split(batch, len(batch["id"]))
+def _bad_rows(engine: Engine, teacher: Teacher | None, temperature: float, batch: Batch) -> list[Batch]:
+    """The rows whose own values are not finite, each as a batch of one. Where parameters are sharded the
+    passes of the ranks meet, so all make equally many."""
     config, device = engine.objective.config, engine.device
     zeros = torch.zeros(1, config.embed_dim, device=device)
     bias = torch.zeros(1, device=device) if config.contrastive == "sigmoid" else None
@@ -111,5 +109,15 @@ def _bad_rows(
     alone = MicroBatch(
         torch.ones(2, device=device), Features(zeros, zeros, torch.zeros(1, device=device), bias)
     )
-    losses = [engine.shares(row, teacher, temperature, alone).loss.reshape(()) for row in rows]
-    return ~torch.isfinite(torch.stack(losses))
+
+    def finite(parts: Sequence[Batch]) -> list[bool]:
+        losses = [engine.shares(part, teacher, temperature, alone).loss.reshape(()) for part in parts]
+        return torch.isfinite(torch.stack(losses)).tolist() if losses else []
+
+    groups = split(batch, math.isqrt(len(batch["id"])))
+    bad = [group for group, good in zip(groups, finite(groups), strict=True) if not good]
+    rows = [row for group in bad for row in split(group, len(group["id"]))]
+    most = torch.tensor(len(rows), device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    found = finite(rows + groups[:1] * (int(most) - len(rows)))
+    return [row for row, good in zip(rows, found, strict=False) if not good]

@@ -3,6 +3,7 @@ ranks together."""
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,6 +50,16 @@ class Health:
         self._spike = self._ahead = False
         self._loss = 0.0
         self._refusal = ""
+
+    def resume(self, meta: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint says."""
+        for loss in meta.get("recent_losses", ()):
+            self._losses.add(loss)
+
+    def counters(self) -> dict[str, Any]:
+        """For the meta of a checkpoint: with `on_spike: rollback` the losses before a step decide whether it
+        is applied, so a resumed run must know them, too."""
+        return {"recent_losses": self._losses.known}
 
     def measured(self) -> Tensor:
         """int64, this rank's part of what `judge` gets: goes with the votes of a step."""
@@ -97,13 +108,12 @@ class Health:
         scale = "" if outcome.loss_scale is None else f" at loss scale {outcome.loss_scale:g}"
         found, started = [], time.perf_counter()
         if not outcome.scale_lowered:  # fp16 looks for its scale: nobody's fault
-            self.watchdog.at("looking for what is not finite")
             finite = bool(torch.isfinite(loss.detach()).all())
             # Of a loss that is not finite there is no gradient to look at.
             sound = verdict.non_finite_ranks > 0 or self._gradients.finite()
-            found = find(
-                self._engine, self._teacher.module, scheduled.teacher_temperature, batch, finite, sound
-            )
+            temperature = scheduled.teacher_temperature
+            with self.watchdog.between("looking for what is not finite"):
+                found = find(self._engine, self._teacher.module, temperature, batch, finite, sound)
         self._gradients.forget()
         self._refusal = reason + scale + (f" ({describe(found)})" if found else "")
         if dist.get_rank() == 0:

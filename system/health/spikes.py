@@ -38,6 +38,11 @@ class LossHistory:
         # 1.4826 makes of it the standard deviation of normally distributed losses.
         return (loss - median) / max(1.4826 * spread, SMALLEST_DEVIATION * abs(median), 1e-12)
 
+    @property
+    def known(self) -> list[float]:
+        """Oldest first."""
+        return list(self._losses)
+
     def add(self, loss: float) -> None:
         self._losses.append(loss)
 

@@ -3,7 +3,6 @@ hangs or computes something else ends the attempt with a name."""
 
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,21 +71,29 @@ def test_a_copy_that_differs_ends_the_run(runs, tmp_path, train_data):
     assert "on rank 0, 1" in reason, "of two nobody can tell which"
 
 
-def test_a_rank_that_hangs_ends_all_with_their_stacks(runs, tmp_path, train_data):
-    """At stage 3; the ranks' copies are compared until then, and none differs."""
+def test_a_hang_leaves_stacks_and_a_spike_after_the_resume_is_seen(runs, tmp_path, train_data):
+    """At stage 3. The ranks' copies are compared all the time, and none differs."""
     recipe, run = write_recipe(tmp_path), tmp_path / "run"
-    started = time.monotonic()
-    knobs = ("run.steps=60", "engine.zero_stage=3", "health.compare_every=2")
+    knobs = ("run.steps=40", "engine.zero_stage=3", "health.compare_every=2", "health.on_spike=rollback")
     limits = ("watchdog.floor_seconds=5", "watchdog.times_median=40")
-    assert runs.train(recipe, run, train_data, *knobs, *limits, faults=[("hang", 1, 12, 12, 1)]) == [77, 77]
-    assert time.monotonic() - started < 300  # the rank would sleep twice as long
+    codes = runs.train(recipe, run, train_data, *knobs, *limits, faults=[("hang", 1, 21, 21, 1)])
+    assert codes == [77, 77]
     stacks = [
         (run / f"hangs/attempt-0001/rank-0000{rank}.txt").read_text().split("\n", 1) for rank in range(2)
     ]
     heads = [json.loads(head) for head, _ in stacks]
-    assert [head["steps_done"] for head in heads] == [12, 12]
+    assert [head["steps_done"] for head in heads] == [21, 21]
     assert [head["phase"] for head in heads] == ["forward", "forward"]
     # The one that waits does so inside of the passes, the one that hangs has not begun them.
     assert ["accumulate.py" in stack for _, stack in stacks] == [True, False]
     assert heads[0]["limit_seconds"] < 300
     assert instants(run, "hang")
+    ratios = [live_steps(run)[step]["moment_ratio_vision"] for step in (20, 21)]
+    assert min(ratios) > 0
+
+    # From step 20. A loss is compared with those before, which the checkpoint remembers.
+    assert runs.train(recipe, run, train_data, *knobs, faults=[("spike", 0, 21, 21, 1)]) == [76, 76]
+    (record,) = (json.loads(path.read_text()) for path in (run / "skips").iterdir())
+    assert (record["window"], record["step"], record["attempt"]) == (21, 21, 2)
+    assert end_reasons(run)[-1].startswith("LossSpike: step 21, ")
+    assert max(live_steps(run)) == 21

@@ -5,7 +5,7 @@ that a line of its input asks for: imports are most of the time of a short attem
 
 A fault is [kind, rank, first window, last window, times]: in these slot windows `kind` happens to that rank,
 so many times in all: loss (its share is infinite), gradient (that of a layer is), memory (a bit of a
-parameter's copy flips), hang.
+parameter's copy flips), hang, spike (what all ranks are told of the loss is ten times as much).
 """
 
 import json
@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -90,6 +91,8 @@ def poison(faults: list[list[Any]], rank: int, global_batch: int) -> None:
         output = original(self, batch, *args, **named)
         if handle is not None:
             handle.remove()
+        if "spike" in kinds:
+            output = output._replace(total=output.total * 10)
         return output._replace(loss=output.loss * float("inf")) if "loss" in kinds else output
 
     Accumulator.forward = forward  # type: ignore[method-assign]
@@ -110,8 +113,9 @@ def start_rank(argv: list[str], faults: list[list[Any]], processes: int, rank: i
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         poison(faults, rank, load_train_recipe(argv[0], argv[1:]).data.global_batch)
         code = cli.main(["train", *argv])
-    finally:
-        os._exit(code)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(code)
 
 
 def serve() -> None:
