@@ -3,6 +3,8 @@
 SHELL := bash
 VENV := .venv
 BIN := $(VENV)/bin
+# Files of tests that run at a time: 2 suit 2 cores and 8 GiB.
+WORKERS := 2
 export PYTHON
 
 .PHONY: help demo test sweep lint format setup lock clean
@@ -16,7 +18,7 @@ demo: setup  ## the whole job on the committed sample: preprocess, train, kill, 
 
 test: lint  ## lint, then every test
 	@echo "== pytest"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 sweep: setup  ## kill training at every point of a save and at 200 random moments, and compare to the bit (minutes)
 	@$(BIN)/python -m benchmarks.kill_sweep

@@ -62,6 +62,7 @@ setup(
         "dev": [
             "pytest>=8.3",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.8,<4",  # MIT; much of the suite waits for processes that it started
             "hypothesis>=6.100",
             "ruff>=0.17.6,<0.18",  # another minor version formats differently
             "pyright[nodejs]>=1.1.414",  # its Node.js comes as a wheel, so that the machine needs none

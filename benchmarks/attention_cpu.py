@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import arguments, machine
-from model.attention import Kernel, attention
+from model.attention import Kernel, Mask, attention
 
 SHAPES = {
     "demo, image": (96, 17, 3, False),
@@ -35,7 +35,7 @@ def turn(qkv_BL3HD: torch.Tensor, kernel: Kernel, causal: bool) -> tuple[float, 
     """Seconds of CPU time of a forward and of its backward."""
     leaf = qkv_BL3HD.clone().requires_grad_()
     start = time.process_time()
-    out = attention(*leaf.unbind(2), backend=kernel, causal=causal).flatten(2)
+    out = attention(*leaf.unbind(2), backend=kernel, mask=Mask(causal=causal)).flatten(2)
     between = time.process_time()
     out.backward(torch.ones_like(out))
     return between - start, time.process_time() - between

@@ -51,7 +51,7 @@ def parts(name: str, batch: int) -> dict[str, tuple[Callable[[], object], float]
     tokens = cut_to_longest(make_tokens(words, config), config.text)
     corrupted, hidden = corrupt_tokens(0, epoch, ids, tokens, config.mlm.mask_ratio, config.text)
     places = hidden.flatten().nonzero().squeeze(1)
-    keys = torch.arange(tokens.shape[1]) < caption_lengths(tokens, config.text)[:, None]
+    lengths = caption_lengths(tokens, config.text)
     visible, masked = split_patches(0, epoch, ids, config.vision.num_patches, config.num_visible)
     with torch.no_grad():
         seen = objective.vision(images, visible)
@@ -61,7 +61,7 @@ def parts(name: str, batch: int) -> dict[str, tuple[Callable[[], object], float]
     averaged = [(p, followed[name].detach()) for name, p in teacher.named_parameters()]
 
     def text_decoder() -> None:
-        decoded = objective.text_decoder(states.clone().requires_grad_(), keys).flatten(0, 1)[places]
+        decoded = objective.text_decoder(states.clone().requires_grad_(), lengths).flatten(0, 1)[places]
         objective.mlm_head(decoded, objective.text.token_embedding.weight).sum().backward()
 
     def image_decoder() -> None:

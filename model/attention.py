@@ -5,8 +5,8 @@ Shapes: B batch, L tokens (queries and keys), H heads, D width of one head.
 """
 
 import logging
-from functools import cache
-from typing import Literal
+from functools import cache, lru_cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,20 @@ from torch import Tensor
 
 Kernel = Literal["xformers", "sdpa", "math"]
 Backend = Literal["auto", "xformers", "sdpa", "math"]
+
+
+class Mask(NamedTuple):
+    """What a token may see: without any of these, everything. `causal` and `keys_BL` exclude each other."""
+
+    causal: bool = False
+    """Token i sees the tokens up to i."""
+    keys_BL: Tensor | None = None
+    """bool, True where a key may be seen. Every row needs one True."""
+    segments: tuple[int, ...] | None = None
+    """Lengths of sequences that lie one after another; they add up to L, and B is 1. A token sees its own."""
+
+
+EVERYTHING = Mask()
 
 _BIAS_ALIGNMENT = 8  # xformers wants every row of a tensor bias to begin on 16 bytes
 
@@ -56,20 +70,13 @@ def _xformers_importable() -> bool:
 
 
 def attention(
-    q_BLHD: Tensor,
-    k_BLHD: Tensor,
-    v_BLHD: Tensor,
-    *,
-    backend: Backend,
-    causal: bool = False,
-    keys_BL: Tensor | None = None,
+    q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, *, backend: Backend, mask: Mask = EVERYTHING
 ) -> Tensor:
     """Softmax attention with scale D ** -0.5.
 
     Args:
         backend: kernel, resolved for the device and dtype of `q_BLHD`.
-        causal: token i sees the tokens up to i.
-        keys_BL: bool, True where a key may be seen; not together with `causal`. Every row needs one True.
+        mask: what a token may see.
 
     Returns:
         [B, L, H, D], in the dtype of the inputs.
@@ -77,39 +84,57 @@ def attention(
     Raises:
         RuntimeError: see `resolve_backend`.
     """
-    assert not (causal and keys_BL is not None), "causal and keys_BL exclude each other"
+    assert not (mask.causal and mask.keys_BL is not None), "causal and keys_BL exclude each other"
     kernel = resolve_backend(backend, q_BLHD.device.type, q_BLHD.dtype)
     if kernel == "xformers":
-        return _xformers_attention(q_BLHD, k_BLHD, v_BLHD, causal, keys_BL)
-    mask_B11L = None if keys_BL is None else keys_BL[:, None, None, :]
+        return _xformers_attention(q_BLHD, k_BLHD, v_BLHD, mask)
     q_BHLD, k_BHLD, v_BHLD = (x.transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
+    seen = dense(mask, q_BLHD.device)
     if kernel == "math":
-        return _products(q_BHLD, k_BHLD, v_BHLD, causal, mask_B11L).transpose(1, 2)
-    out_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, attn_mask=mask_B11L, is_causal=causal)
+        if mask.causal and seen is None:
+            length = q_BLHD.shape[1]
+            seen = torch.ones(length, length, dtype=torch.bool, device=q_BLHD.device).tril()
+        return _products(q_BHLD, k_BHLD, v_BHLD, seen).transpose(1, 2)
+    causal = mask.causal and seen is None
+    out_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, attn_mask=seen, is_causal=causal)
     return out_BHLD.transpose(1, 2)
 
 
-def _products(
-    q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, causal: bool, mask_B11L: Tensor | None
-) -> Tensor:
-    length, width = q_BHLD.shape[-2:]
-    scores_BHLL = (q_BHLD * width**-0.5) @ k_BHLD.transpose(-1, -2)
-    if causal:
-        mask_B11L = torch.ones(length, length, dtype=torch.bool, device=q_BHLD.device).tril()
-    if mask_B11L is not None:
-        scores_BHLL = scores_BHLL.masked_fill(~mask_B11L, float("-inf"))
+def dense(mask: Mask, device: torch.device) -> Tensor | None:
+    """The mask as bool that goes with [B, H, L, L]; None where it is but causal, or nothing."""
+    if mask.segments is not None:
+        lengths = torch.tensor(mask.segments, device=device)
+        owner_L = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+        same_LL = owner_L[:, None] == owner_L
+        return same_LL.tril() if mask.causal else same_LL
+    return None if mask.keys_BL is None else mask.keys_BL[:, None, None, :]
+
+
+def _products(q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, seen: Tensor | None) -> Tensor:
+    scores_BHLL = (q_BHLD * q_BHLD.shape[-1] ** -0.5) @ k_BHLD.transpose(-1, -2)
+    if seen is not None:
+        scores_BHLL = scores_BHLL.masked_fill(~seen, float("-inf"))
     return scores_BHLL.softmax(dim=-1) @ v_BHLD
 
 
-def _xformers_attention(
-    q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, causal: bool, keys_BL: Tensor | None
-) -> Tensor:
+def _xformers_attention(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, mask: Mask) -> Tensor:
     from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
-    bias = LowerTriangularMask() if causal else None
-    if keys_BL is not None:
-        bias = padding_bias(keys_BL, q_BLHD.shape[2], q_BLHD.shape[1], q_BLHD.dtype)
+    bias = LowerTriangularMask() if mask.causal else None
+    if mask.segments is not None:
+        bias = block_diagonal(mask.segments, mask.causal, q_BLHD.device)
+    elif mask.keys_BL is not None:
+        bias = padding_bias(mask.keys_BL, q_BLHD.shape[2], q_BLHD.shape[1], q_BLHD.dtype)
     return memory_efficient_attention(q_BLHD, k_BLHD, v_BLHD, attn_bias=bias)
+
+
+@lru_cache(maxsize=4)
+def block_diagonal(segments: tuple[int, ...], causal: bool, device: torch.device) -> Any:
+    """xformers' bias for sequences one after another; kept, because every block of a tower wants the same."""
+    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask, BlockDiagonalMask
+
+    kind = BlockDiagonalCausalMask if causal else BlockDiagonalMask
+    return kind.from_seqlens(segments, device=device)
 
 
 def padding_bias(keys_BL: Tensor, heads: int, queries: int, dtype: torch.dtype) -> Tensor:

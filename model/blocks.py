@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Backend, attention
+from model.attention import EVERYTHING, Backend, Mask, attention
 from model.config import Activation
 
 MLP_RATIO = 4
@@ -70,23 +70,17 @@ class Block(nn.Module):
         self.attention_scale = nn.Parameter(torch.full((width,), layer_scale)) if scaled else None
         self.mlp_scale = nn.Parameter(torch.full((width,), layer_scale)) if scaled else None
 
-    def forward(
-        self,
-        x_BLD: Tensor,
-        causal: bool = False,
-        keys_BL: Tensor | None = None,
-        branch_2B: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x_BLD: Tensor, mask: Mask = EVERYTHING, branch_2B: Tensor | None = None) -> Tensor:
         """[B, L, D] -> [B, L, D].
 
         Args:
-            keys_BL: True where a token may be seen.
+            mask: what a token may see.
             branch_2B: factor of each sample on the attention and on the MLP branch; 0 skips it.
         """
         batch, length, width = x_BLD.shape
         qkv = F.linear(self.attention_norm(x_BLD), self.attention_qkv.weight, self._bias_without_keys())
         q_BLHD, k_BLHD, v_BLHD = qkv.view(batch, length, 3, self.heads, width // self.heads).unbind(2)
-        seen = attention(q_BLHD, k_BLHD, v_BLHD, backend=self.backend, causal=causal, keys_BL=keys_BL)
+        seen = attention(q_BLHD, k_BLHD, v_BLHD, backend=self.backend, mask=mask)
         branch_BLD = self.attention_out(seen.reshape(batch, length, width))
         x_BLD = x_BLD + _scaled(branch_BLD, self.attention_scale, branch_2B, 0)
         branch_BLD = self.mlp_out(self.activation(self.mlp_in(self.mlp_norm(x_BLD))))
@@ -140,32 +134,30 @@ class Transformer(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.recompute_every = recompute_every
+        self.backend: Backend = backend
+        self.compiled = False
 
-    def forward(
-        self,
-        x_BLD: Tensor,
-        causal: bool = False,
-        keys_BL: Tensor | None = None,
-        branch_T2B: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x_BLD: Tensor, mask: Mask = EVERYTHING, branch_T2B: Tensor | None = None) -> Tensor:
         """[B, L, D] -> [B, L, D], normalised; arguments as `Block.forward`, `branch_T2B` for every block."""
         for number, block in enumerate(self.blocks):
             branch_2B = None if branch_T2B is None else branch_T2B[number]
             if self.recompute_every and number % self.recompute_every == 0 and torch.is_grad_enabled():
                 # Nothing in a block draws numbers, so the generators' states need not be kept.
                 x_BLD = checkpoint(
-                    block, x_BLD, causal, keys_BL, branch_2B, use_reentrant=False, preserve_rng_state=False
+                    block, x_BLD, mask, branch_2B, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x_BLD = block(x_BLD, causal, keys_BL, branch_2B)
+                x_BLD = block(x_BLD, mask, branch_2B)
         return self.norm(x_BLD)
 
 
 def compile_blocks(module: nn.Module) -> None:
     """Compile every block in place; parameter names stay. Blocks of one shape share what was compiled."""
-    for block in module.modules():
-        if isinstance(block, Block):
-            block.compile()
+    for stack in module.modules():
+        if isinstance(stack, Transformer):
+            stack.compiled = True
+            for block in stack.blocks:
+                block.compile()
 
 
 def take_rows(x_BND: Tensor, index_BM: Tensor) -> Tensor:

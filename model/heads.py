@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from model.attention import Backend
 from model.blocks import Transformer, linear, normal_parameter
 from model.config import DistillConfig, MlmConfig, TextConfig, VisionConfig
+from model.text import encode
 
 
 def sincos_positions(side: int, width: int) -> Tensor:
@@ -92,9 +93,9 @@ class TextDecoder(nn.Module):
         super().__init__()
         self.transformer = Transformer(text.width, mlm.decoder_layers, text.heads, backend=backend)
 
-    def forward(self, states_BLD: Tensor, keys_BL: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, D]; `keys_BL` is True at the tokens of the caption and False at padding."""
-        return self.transformer(states_BLD, keys_BL=keys_BL)
+    def forward(self, states_BLD: Tensor, lengths_B: Tensor) -> Tensor:
+        """[B, L, D] captions of these lengths -> [B, L, D]; rows of padding mean nothing."""
+        return encode(self.transformer, states_BLD, lengths_B, causal=False)
 
 
 class MlmHead(nn.Module):

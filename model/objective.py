@@ -240,15 +240,12 @@ class Objective(MaskClip):
             return self._project(self.text_projection, pooled_BD), {}
         shared = config.mlm.text_pass == "shared"
         states_BLD, pooled_BD = self.text(corrupted_BL if shared else torch.cat([tokens_BL, corrupted_BL]))
-        count, length = tokens_BL.shape
-        keys_BL = (
-            torch.arange(length, device=tokens_BL.device) < caption_lengths(tokens_BL, config.text)[:, None]
-        )
-        decoded_BLD = self.text_decoder(states_BLD[-count:], keys_BL)
+        lengths_B = caption_lengths(tokens_BL, config.text)
+        decoded_BLD = self.text_decoder(states_BLD[-len(tokens_BL) :], lengths_B)
         decoded_ND = decoded_BLD.flatten(0, 1).index_select(0, hidden_N)
         logits_NW = self.mlm_head(decoded_ND, self.text.token_embedding.weight)
         mlm = losses.mlm(logits_NW, tokens_BL.flatten()[hidden_N], weight_N * word_factor)
-        return self._project(self.text_projection, pooled_BD[:count]), {"mlm": mlm}
+        return self._project(self.text_projection, pooled_BD[: len(tokens_BL)]), {"mlm": mlm}
 
     def _distill_pass(
         self,

@@ -108,11 +108,11 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """(marker, start, end) of the JPEG segments' payloads up to the first scan."""
     at = 2
     for _ in range(MAX_BLOCKS):
-        fill = _FILL.match(data, at)
-        if fill is None or fill.end() >= len(data):
-            reason = "truncated_header" if fill or at >= len(data) else "broken_header"
-            raise HeaderError(reason, f"no JPEG marker at byte {at}")
-        marker, at = data[fill.end()], fill.end() + 1
+        if data[at] != 0xFF:
+            raise HeaderError("broken_header", f"no JPEG marker at byte {at}")
+        if data[at + 1] == 0xFF:
+            at = _FILL.match(data, at).end() - 1  # type: ignore[union-attr]
+        marker, at = data[at + 1], at + 2
         if marker in _ALONE:
             continue
         if marker == 0xD9:

@@ -28,7 +28,7 @@ from data_pipeline.shards.shard_cache import CacheCounters
 from data_pipeline.shards.shard_reader import StoredSample
 from data_pipeline.upkeep.takedown import load_tombstones
 
-CHUNK = 32  # samples that are in memory undecoded
+CHUNK = 64  # samples that are in memory undecoded
 KEPT_ARRAYS = 3
 
 Batch = dict[str, torch.Tensor]

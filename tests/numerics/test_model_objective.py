@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import model.heads
+import model.text
 from model.config import ModelConfig
 from model.losses import SingleProcess
 from model.masking import corrupt_tokens, split_patches
 from model.objective import Objective, Output
 from model.teacher import Teacher
-from model.text import caption_lengths, cut_to_longest
+from model.text import caption_lengths, cut_to_longest, encode_packed, encode_padded
 from tests.unit.model.samples import (
     gradients,
     make_batch,
@@ -221,30 +223,33 @@ def test_targets_are_the_teachers_centred_soft_codewords_at_masked_patches():
     assert relative_error(output.centre_K, centre) <= 1e-5
 
 
-def test_padding_of_captions_changes_nothing():
-    """Cut to the longest or padded to the context length: same features, same predictions, same gradients."""
+def test_padding_of_captions_changes_nothing(monkeypatch: pytest.MonkeyPatch):
+    """Cut to the longest, padded to the context length, or packed as for xformers: same features, same
+    predictions, same gradients."""
     config = make_config()
     objective, _ = make_pair(config)
     padded = make_tokens([3, 7, 1, 5], config)
+    cut = cut_to_longest(padded, config.text)
     results = []
-    for tokens in (padded, cut_to_longest(padded, config.text)):
+    for tokens, way in ((padded, encode_padded), (cut, encode_padded), (padded, encode_packed)):
+        for user in (model.text, model.heads):
+            monkeypatch.setattr(user, "encode", way)
         objective.zero_grad(set_to_none=True)
         epoch, ids = torch.zeros(4, dtype=torch.int64), torch.arange(4)
         corrupted, hidden = corrupt_tokens(1, epoch, ids, tokens, config.mlm.mask_ratio, config.text)
         states, pooled = objective.text(torch.cat([tokens, corrupted]))
-        keys = torch.arange(tokens.shape[1]) < caption_lengths(tokens, config.text)[:, None]
-        logits = objective.mlm_head(
-            objective.text_decoder(states[4:], keys)[hidden], objective.text.token_embedding.weight
-        )
+        decoded = objective.text_decoder(states[4:], caption_lengths(tokens, config.text))
+        logits = objective.mlm_head(decoded[hidden], objective.text.token_embedding.weight)
         features = objective.text_projection(pooled[:4])
         (features.square().sum() + logits.square().mean()).backward()
         grads = {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
         results.append((features, logits, grads))
-    (padded_features, padded_logits, padded_grads), (cut_features, cut_logits, cut_grads) = results
-    assert relative_error(cut_features, padded_features) <= 1e-6
-    assert relative_error(cut_logits, padded_logits) <= 1e-6
-    assert cut_grads.keys() == padded_grads.keys()
-    assert all(relative_error(cut_grads[name], padded_grads[name]) <= 1e-5 for name in cut_grads)
+    expected_features, expected_logits, expected_grads = results[0]
+    for features, logits, grads in results[1:]:
+        assert relative_error(features, expected_features) <= 1e-6
+        assert relative_error(logits, expected_logits) <= 1e-6
+        assert grads.keys() == expected_grads.keys()
+        assert all(relative_error(grads[name], expected_grads[name]) <= 1e-5 for name in grads)
 
 
 def test_bfloat16_is_near_float32():
