@@ -28,6 +28,7 @@ import torch
 torch.set_num_threads(1)
 from cluster.stop import StopRequest
 from cluster.store import open_store
+from cluster.watchdog import Watchdog
 from cluster.world import World
 from model.config import preset
 from system.build import build_engine, open_event_log, process_group
@@ -35,6 +36,7 @@ from system.checkpoints.checkpointer import Checkpointer
 from system.config import DataConfig, EngineConfig, RunConfig, TrainConfig
 from system.console import Console
 from system.engine.collectives import DistributedCollectives
+from system.health.monitor import Health
 from system.observe import open_telemetry
 from system.sinks.config import TelemetryConfig
 from system.sinks.prometheus import PrometheusConfig
@@ -60,9 +62,12 @@ stack.enter_context(process_group(world))
 events = stack.enter_context(open_event_log(open_store(config.run.uri), world, 5.0))
 stack.enter_context(open_telemetry(config, world, events))
 engine, teacher = build_engine(config, world)
-checkpointer = Checkpointer(open_store(config.run.uri), engine, teacher, events, {})
-trainer = Trainer(config, engine, teacher, DistributedCollectives(), checkpointer, events,
-                  Console(1, active=False), StopRequest(), lambda _: None)
+run, console = open_store(config.run.uri), Console(1, active=False)
+checkpointer = Checkpointer(run, engine, teacher, events, {})
+watchdog = Watchdog(config.watchdog, run, world, events)
+health = Health(config, run, engine, teacher, events, console, watchdog)
+trainer = Trainer(config, engine, teacher, DistributedCollectives(), checkpointer, events, console, health,
+                  StopRequest(), lambda _: None)
 NOTE = {"record_ms": 0.0, "records": 0}
 record = trainer.record
 def timed(*arguments):

@@ -78,6 +78,21 @@ class NonFinite(MaskClipError):
     agreed = True
 
 
+class LossSpike(MaskClipError):
+    """The loss jumped, and health.on_spike says to go back."""
+
+    exit_code = 76
+    action = "rollback"
+    agreed = True
+
+
+class DeviceFault(MaskClipError):
+    """A rank computes or remembers something else than the others."""
+
+    exit_code = 77
+    action = "restart"
+
+
 class Hang(MaskClipError):
     """No progress for too long, or a device or network fault that looks like it."""
 

@@ -1,5 +1,6 @@
 """What the ranks of a run tell each other besides tensors: decisions of rank 0, and the verdict on a step."""
 
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,8 +101,12 @@ class Verdict:
     """Hash of the (slot, sample id) pairs of the global batch; the same at any world size."""
     work_seconds: tuple[float, ...]
     """Of each rank, by rank: how long it has worked on the step before (`WorkClock`)."""
-    others: tuple[int, ...] = ()
+    loss: float
+    """Of the global batch."""
+    others: tuple[int, ...]
     """Sums over the ranks of what else they had to say."""
+    measured: tuple[int, ...]
+    """Likewise, of what lay on the device."""
 
 
 def peer_lost(error: BaseException) -> Hang | None:
@@ -114,33 +119,46 @@ def peer_lost(error: BaseException) -> Hang | None:
 
 def agree(
     loss: torch.Tensor,
+    total: torch.Tensor,
     batch: dict[str, torch.Tensor],
     stop_reason: str | None,
     work_seconds: float,
-    others: tuple[int, ...] = (),
+    others: tuple[int, ...],
+    measured: torch.Tensor,
 ) -> Verdict:
-    """One small all-reduce: non-finite loss anywhere? stop asked anywhere? which samples? How long has each
-    rank worked? And whatever else `others` counts."""
+    """One small all-reduce, and the one time that a step waits for the device: non-finite loss anywhere? stop
+    asked anywhere? which samples? how long has each rank worked?
+
+    Args:
+        loss: this rank's share, scalar.
+        total: loss of the global batch, fp32 scalar, the same on all ranks.
+        work_seconds: of this rank; see `WorkClock`.
+        others: whatever else is to be summed.
+        measured: int64 [n] on the device, likewise.
+    """
     real = batch["weight"] > 0
     pairs = _mix(batch["id"][real] ^ _mix(batch["slot"][real]))
-    work = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-    work[dist.get_rank()] = round(1e6 * work_seconds)
-    votes = torch.stack(
-        [
-            (~torch.isfinite(loss.detach()).all()).to(torch.int64).cpu(),
-            torch.tensor(int(stop_reason == "interrupted")),
-            torch.tensor(int(stop_reason == "preempted")),
-            pairs.sum().cpu(),
-            *(torch.tensor(count) for count in others),
-        ]
-    )
-    votes = torch.cat([votes, work]).to(loss.device)
+    # The first rank's total goes as its bits, so a sum leaves it as it is.
+    bits = total.detach().reshape(1).view(torch.int32)[0] * int(dist.get_rank() == 0)
+    found = torch.stack([~torch.isfinite(loss.detach()).all(), bits, pairs.sum()]).to(torch.int64)
+    micros_W = [0] * dist.get_world_size()
+    micros_W[dist.get_rank()] = round(1e6 * work_seconds)
+    asked = [int(stop_reason == reason) for reason in ("interrupted", "preempted")]
+    said = torch.tensor([*asked, *micros_W, *others], dtype=torch.int64)
+    votes = torch.cat([found, said.to(loss.device), measured])
     dist.all_reduce(votes)
-    non_finite, interrupted, preempted, digest, *sums = votes.tolist()
-    ids_digest = f"{digest & 0xFFFFFFFFFFFFFFFF:016x}"
-    counts, micros = sums[: len(others)], sums[len(others) :]
-    seconds = tuple(1e-6 * value for value in micros)
-    return Verdict(non_finite, interrupted > 0, preempted > 0, ids_digest, seconds, tuple(counts))
+    non_finite, total_bits, digest, interrupted, preempted, *rest = votes.tolist()
+    micros_W, rest = rest[: len(micros_W)], rest[len(micros_W) :]
+    return Verdict(
+        non_finite,
+        interrupted > 0,
+        preempted > 0,
+        ids_digest=f"{digest & 0xFFFFFFFFFFFFFFFF:016x}",
+        work_seconds=tuple(1e-6 * micros for micros in micros_W),
+        loss=struct.unpack("f", struct.pack("i", total_bits))[0],
+        others=tuple(rest[: len(others)]),
+        measured=tuple(rest[len(others) :]),
+    )
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

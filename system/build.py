@@ -17,6 +17,7 @@ from cluster.event_spool import Spool
 from cluster.events import EventLog, claim_attempt
 from cluster.stop import StopRequest
 from cluster.store import ObjectStore
+from cluster.watchdog import Watchdog
 from cluster.world import World, process_clocks
 from data_pipeline.image.augment import AugmentConfig
 from data_pipeline.loading.loader import Loader
@@ -33,6 +34,7 @@ from system.engine.engine import TYPES, Engine
 from system.engine.teacher_state import ShardedTeacher
 from system.evaluation.training import TrainingEvaluation
 from system.export.initial_weights import fill, initial_weights
+from system.health.monitor import Health
 from system.observe import step_sources
 from system.run_folder import claim_run, describe_run
 from system.sinks.config import TelemetryConfig
@@ -145,6 +147,7 @@ def build_trainer(
     world: World,
     run: ObjectStore,
     events: EventLog,
+    watchdog: Watchdog,
     stop: StopRequest,
     feeds: Sequence[Feed],
 ) -> Iterator[tuple[Trainer, Loader]]:
@@ -162,7 +165,20 @@ def build_trainer(
         events.subscribe(console.event)
         comm = DistributedCollectives()
         evaluation = TrainingEvaluation(config, engine, teacher, events, console)
+        health = Health(config, run, engine, teacher, events, console, watchdog)
         yield (
-            Trainer(config, engine, teacher, comm, checkpointer, events, console, stop, evaluation, sources),
+            Trainer(
+                config,
+                engine,
+                teacher,
+                comm,
+                checkpointer,
+                events,
+                console,
+                health,
+                stop,
+                evaluation,
+                sources,
+            ),
             loader,
         )

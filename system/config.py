@@ -16,11 +16,13 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from cluster.errors import ConfigError
 from cluster.store import StoreConfig, normal_uri, overlap
+from cluster.watchdog import WatchdogConfig
 from data_pipeline.loading.loader_config import LoaderConfig
 from data_pipeline.loading.mixing import MixPart
 from model.config import ModelConfig, resolve
 from system.checkpoints.config import CheckpointConfig
 from system.evaluation.config import EvaluationConfig
+from system.health.config import HealthConfig
 from system.recipe import apply_overrides, build_config, read_recipe
 from system.sinks.config import TelemetryConfig
 
@@ -38,6 +40,8 @@ FREE_KEYS = (
     "engine.offload_parameters",
     "checkpoint",
     "evaluation",
+    "health",
+    "watchdog",
     "telemetry",
     "store",
 )
@@ -262,6 +266,8 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
 

@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 
 from cluster.errors import MaskClipError
 from cluster.store import ObjectStore, StoreConfig, open_store
-from model.attention import resolve_backend
+from model.attention import is_deterministic, resolve_backend
 from system.gpu_health import QUERY, reported, wrong_sums
 
 DISTRIBUTION = "maskclip"
@@ -146,6 +146,12 @@ def _torch() -> list[Check]:
         checks.append(Check("attention", "warn", f"{backend} on {device.type} in bf16", fix))
     else:
         checks.append(Check("attention", "ok", f"{backend} on {device.type} in bf16"))
+    if is_deterministic(backend, device.type):
+        checks.append(Check("determinism", "ok", f"{backend} attention repeats its gradients to the bit"))
+    else:
+        detail = f"{backend} attention on {device.type} adds gradients in another order each time"
+        fix = "only where a run must repeat to the bit: set model.attention to math (docs/numerics.md)"
+        checks.append(Check("determinism", "ok", detail, fix))
     return checks
 
 

@@ -80,7 +80,10 @@ def run_ranks(config: TrainConfig, args: argparse.Namespace) -> tuple[int, MaskC
         lost = Hang(f"a rank was killed by {name}{hint}; run the same command to go on")
         return lost.exit_code, lost
     if code == Hang.exit_code:  # every rank that lost another one ends so, and leaves the telling to us
-        return code, Hang("the ranks did not meet or lost each other; run the same command to go on")
+        return code, Hang(
+            "the ranks did not meet, lost each other, stood still or differ (see the lines above and "
+            f"{config.run.uri}/hangs/); run the same command to go on"
+        )
     return code, None
 
 

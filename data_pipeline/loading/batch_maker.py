@@ -6,6 +6,7 @@ b slots of the rank in one batch, H, W height and width of a view, L tokens of a
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
@@ -15,11 +16,11 @@ import torch
 from cluster.errors import DataError, ManifestMismatch
 from cluster.store import open_store
 from data_pipeline.catalog import DatasetManifest
-from data_pipeline.image.augment import AugmentConfig, crop_boxes, view
+from data_pipeline.image.augment import AugmentConfig, Box, crop_boxes, view
 from data_pipeline.image.decode import PixelMemory, UndecodableImage
 from data_pipeline.loading.loader_config import LoaderConfig
 from data_pipeline.loading.mixing import MixedOrder, MixPart, keyed_ids
-from data_pipeline.loading.order import OrderConfig
+from data_pipeline.loading.order import OrderConfig, window_of
 from data_pipeline.loading.tokenizer import Tokenizer
 from data_pipeline.shards.dataset_reader import DatasetReader
 from data_pipeline.shards.prefetch import Ahead, Prefetcher
@@ -33,7 +34,7 @@ KEPT_ARRAYS = 3
 Batch = dict[str, torch.Tensor]
 """image uint8 [b,3,H,W] (channels-last in memory), tokens int64 [b,L], id int64 [b], epoch int64 [b], slot
 int64 [b], weight float32 [b]: 1, or 0 for a slot that only fills up the rank's part, and for a sample that
-was taken out of its data set, which is black and has no words."""
+was taken out of its data set or cannot be decoded, which is black and has no words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,16 @@ class BatchSpec:
     global_batch: int
     rank: int
     world_size: int
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that keeps its slot with weight 0, since its image cannot be decoded."""
+
+    slot: int
+    id: int
+    key: str
+    reason: str
 
 
 class BatchMaker:
@@ -67,6 +78,8 @@ class BatchMaker:
         self._removed = [_Removed(dataset.uri, spec.loader.tombstone_seconds) for dataset in datasets]
         self._tokenizer = Tokenizer()
         self._prefetchers: list[Prefetcher] = []
+        self._skipped: tuple[int, ...] = ()
+        self._shown = self._undecodable = 0
         self._memory = _Memory()
         self._decoded = PixelMemory()
         part = -(-spec.global_batch // spec.world_size)
@@ -86,16 +99,18 @@ class BatchMaker:
         """What the caches of all data sets have done, as of now."""
         return sum((reader.counters for reader in self._readers), CacheCounters())
 
-    def begin(self, last_step: int, worker: int = 0, workers: int = 1) -> None:
-        """Steps before last_step will be asked for, every `workers`-th of them here: copy ahead for them."""
+    def begin(self, last_step: int, skipped: tuple[int, ...] = (), worker: int = 0, workers: int = 1) -> None:
+        """Steps before last_step will be asked for, every `workers`-th of them here: copy ahead for them.
+        None of them consumes the slot windows `skipped` (see `order.window_of`)."""
         cfg = self._spec.loader
+        self._skipped = skipped
         sections = self._order.sections(self._places[: self._distinct])
         for number, (places, share) in enumerate(sections):
             reader, part = self._readers[number], self._order.parts[number]
             if reader.remote and len(places):
 
                 def needs(step: int, part=part, places=places) -> tuple[np.ndarray, np.ndarray]:
-                    located = part.locate_places(step, places)
+                    located = part.locate_places(window_of(step, skipped), places)
                     return located.shard, located.index
 
                 prefetcher = reader.look_ahead(
@@ -118,16 +133,18 @@ class BatchMaker:
         for reader in self._readers:
             reader.close()
 
-    def make(self, step: int) -> Batch:
-        """The batch of `step`; raises DataError or StorageUnavailable."""
+    def make(self, step: int) -> tuple[Batch, list[BadSample]]:
+        """The batch of `step`, and what is wrong in it; raises DataError or StorageUnavailable."""
         for prefetcher in self._prefetchers:
             prefetcher.advance(step)
         side, distinct = self._spec.augment.image_size, self._distinct
         fillers = len(self._places) - distinct
-        slots = self._order.slots(step, self._places)
-        located = self._order.locate_places(step, self._places[:distinct])
+        window = window_of(step, self._skipped)
+        slots = self._order.slots(window, self._places)
+        located = self._order.locate_places(window, self._places[:distinct])
         images = self._memory.array((len(slots), side, side, 3))
         captions, ids, weight = [""] * distinct, np.empty(distinct, np.int64), self._weight.copy()
+        bad: list[BadSample] = []
         for number, (reader, removed) in enumerate(zip(self._readers, self._removed, strict=True)):
             here = np.flatnonzero(located.dataset == number)
             removed.refresh()
@@ -139,9 +156,12 @@ class BatchMaker:
                 gone = removed.among(raw_ids)
                 ids[at] = keyed_ids(raw_ids, np.full(len(at), number))
                 weight[at[gone]] = 0.0
-                self._show(stored, at, gone, ids[at], located.epoch[at], images, captions)
+                failed = self._show(stored, at, gone, ids[at], located.epoch[at], images, captions)
+                for place, (sample, reason) in failed.items():
+                    weight[place] = 0.0
+                    bad.append(BadSample(int(slots[place]), int(ids[place]), sample.key, reason))
         images[distinct:] = images[distinct - 1]
-        return collate(
+        batch = collate(
             images,
             captions + captions[-1:] * fillers,
             self._tokenizer,
@@ -150,6 +170,7 @@ class BatchMaker:
             slots,
             weight,
         )
+        return batch, bad
 
     def _show(
         self,
@@ -160,21 +181,41 @@ class BatchMaker:
         epochs: np.ndarray,
         images: np.ndarray,
         captions: list[str],
-    ) -> None:
+    ) -> dict[int, tuple[StoredSample, str]]:
         """Put views and captions where they belong; what was taken out of its data set stays black and
-        empty."""
+        empty, and so does what cannot be decoded: it is returned by place, with the reason."""
         cfg = self._spec.augment
         sizes = np.array([(sample.width, sample.height) for sample in samples])
         boxes = crop_boxes(sizes[:, 0], sizes[:, 1], ids, epochs, self._spec.order.seed, cfg)
+        failed: dict[int, tuple[StoredSample, str]] = {}
+        self._shown += len(samples)
         for sample, place, absent, box in zip(samples, at.tolist(), gone, boxes.tolist(), strict=True):
             if absent:
                 images[place] = 0
                 continue
-            captions[place] = sample.caption
-            try:
-                view(sample.image, (sample.width, sample.height), box, images[place], self._decoded)
-            except UndecodableImage as error:
+            problem = self._decode(sample, box, images[place])
+            if problem is None:
+                captions[place] = sample.caption
+            else:
+                images[place] = 0
+                failed[place] = (sample, problem)
+        return failed
+
+    def _decode(self, sample: StoredSample, box: Box, out: np.ndarray) -> str | None:
+        """One view; why there is none, after a second try. Raises DataError where that happens too often."""
+        size = (sample.width, sample.height)
+        with suppress(UndecodableImage):
+            view(sample.image, size, box, out, self._decoded)
+            return None
+        try:
+            view(sample.image, size, box, out, self._decoded)
+        except UndecodableImage as error:
+            self._undecodable += 1
+            share = self._spec.loader.undecodable_share
+            if self._undecodable > (share > 0) + share * self._shown:
                 raise undecodable(sample, error) from error
+            return str(error)
+        return None
 
 
 class _Memory:

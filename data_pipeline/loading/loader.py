@@ -8,7 +8,7 @@ resume at step k starts with step k. `batch_maker.py` makes one.
 """
 
 import signal
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from typing import Any, cast
@@ -21,13 +21,13 @@ from cluster.errors import DataError, MaskClipError
 from cluster.stop import SIGNALS
 from data_pipeline.catalog import load_dataset
 from data_pipeline.image.augment import AugmentConfig
-from data_pipeline.loading.batch_maker import Batch, BatchMaker, BatchSpec
+from data_pipeline.loading.batch_maker import BadSample, Batch, BatchMaker, BatchSpec
 from data_pipeline.loading.loader_config import LoaderConfig
 from data_pipeline.loading.mixing import MixPart, mix_digest
 from data_pipeline.loading.order import OrderConfig
 from data_pipeline.shards.shard_cache import CacheCounters
 
-__all__ = ["Batch", "Loader", "LoaderConfig"]
+__all__ = ["BadSample", "Batch", "Loader", "LoaderConfig"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class _Made:
     """A batch on its way out of a worker, with what the worker's cache has done so far."""
 
     batch: Batch
+    bad: list[BadSample]
     worker: int
     counters: CacheCounters
 
@@ -49,8 +50,8 @@ class _Made:
 class _StepBatches(Dataset):
     """Item k is the batch of step k. Pickles to its spec; a worker opens its own files at its first item."""
 
-    def __init__(self, spec: BatchSpec, last_step: int) -> None:
-        self._spec, self._last_step = spec, last_step
+    def __init__(self, spec: BatchSpec, last_step: int, skipped: tuple[int, ...]) -> None:
+        self._spec, self._last_step, self._skipped = spec, last_step, skipped
         self._maker: BatchMaker | None = None
 
     def __getitem__(self, step: int) -> "_Made | _Failure":
@@ -59,8 +60,9 @@ class _StepBatches(Dataset):
         try:
             if self._maker is None:
                 self._maker = BatchMaker(self._spec, [load_dataset(part.uri) for part in self._spec.parts])
-                self._maker.begin(self._last_step, worker, workers)
-            return _Made(self._maker.make(step), worker, replace(self._maker.counters))
+                self._maker.begin(self._last_step, self._skipped, worker, workers)
+            batch, bad = self._maker.make(step)
+            return _Made(batch, bad, worker, replace(self._maker.counters))
         except MaskClipError as error:
             return _Failure(error)
 
@@ -68,9 +70,10 @@ class _StepBatches(Dataset):
 class Loader:
     """The training batches of one rank, from one data set or a weighted mix of several.
 
-    Step k covers slots [k*B, (k+1)*B). The places of a batch are its slots in another order, in which those
-    that are read together stand together; rank r of W takes the r-th part of ceil(B/W) places. Every rank
-    has every step, so none waits for another at the end of an epoch.
+    Step k covers slots [k*B, (k+1)*B), or those of a later window where the run skips some. The places of a
+    batch are its slots in another order, in which those that are read together stand together; rank r of W
+    takes the r-th part of ceil(B/W) places. Every rank has every step, so none waits for another at the end
+    of an epoch.
 
     Raises ValueError for a global batch that is no multiple of the streams or of the weights or a rank
     outside the world, ConfigError for a remote data set without a cache, and what `load_dataset` and
@@ -122,36 +125,50 @@ class Loader:
         """What the caches of this rank's processes have done since `batches` was last called."""
         return sum(self._counters.values(), CacheCounters())
 
-    def batches(self, first_step: int, last_step: int) -> Generator[Batch, None, None]:
+    def batches(
+        self,
+        first_step: int,
+        last_step: int,
+        skipped: tuple[int, ...] = (),
+        report: Callable[[BadSample], None] = lambda _: None,
+    ) -> Generator[Batch, None, None]:
         """The batches of steps first_step ... last_step - 1. Closing the iterator stops its workers.
+
+        Args:
+            skipped: slot windows that no step consumes, rising (`order.window_of`).
+            report: is told of every sample that has weight 0 since it cannot be decoded.
 
         Raises, at the step concerned: ShardCorrupt and other DataErrors, StorageUnavailable.
         """
         steps = range(first_step, last_step)
         self._counters = {}
         if self._spec.loader.workers == 0:
-            self._maker.begin(last_step)
+            self._maker.begin(last_step, skipped)
             try:
                 for step in steps:
-                    batch = self._maker.make(step)
+                    batch, bad = self._maker.make(step)
                     self._counters[0] = replace(self._maker.counters)
+                    for sample in bad:
+                        report(sample)
                     yield batch
             finally:
                 self._maker.end()
             return
-        workers = self._start_workers(steps)
+        workers = self._start_workers(steps, skipped)
         try:
             for item in workers:
                 if isinstance(item, _Failure):
                     raise item.error
                 self._counters[item.worker] = item.counters
+                for sample in item.bad:
+                    report(sample)
                 yield item.batch
         finally:
             _stop_workers(workers)
 
-    def _start_workers(self, steps: range) -> _MultiProcessingDataLoaderIter:
+    def _start_workers(self, steps: range, skipped: tuple[int, ...]) -> _MultiProcessingDataLoaderIter:
         loader = DataLoader(
-            _StepBatches(self._spec, steps.stop),
+            _StepBatches(self._spec, steps.stop, skipped),
             batch_size=None,
             sampler=steps,
             num_workers=self._spec.loader.workers,

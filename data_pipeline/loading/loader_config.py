@@ -24,8 +24,16 @@ class LoaderConfig:
     """Shards of a remote data set that a process copies at once."""
     tombstone_seconds: float = 60.0
     """A sample that is taken out of its data set disappears from batches that are made so much later."""
+    undecodable_share: float = 1e-4
+    """An image that cannot be decoded, twice in a row, keeps its slot with weight 0 and is named in the event
+    log; more than one and this share of all that a process shows end the run with exit code 65. 0: the first
+    one does."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.undecodable_share < 1:
+            raise ValueError(
+                f"{self.undecodable_share} is no share: set data.loader.undecodable_share from 0 to below 1"
+            )
         if not 0 <= self.workers <= MOST_WORKERS:
             raise ValueError(f"workers is {self.workers}: set data.loader.workers to 0 ... {MOST_WORKERS}")
         for name in ("prefetch", "cache_bytes", "lookahead", "transfers"):

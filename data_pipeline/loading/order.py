@@ -39,6 +39,19 @@ class OrderConfig:
             raise ValueError(f"window_shards is {self.window_shards}: set it to 1 or more")
 
 
+def window_of(step: int, skipped: Sequence[int]) -> int:
+    """The slot window, slots [w*B, (w+1)*B), that step number `step` (from 0) of a run consumes.
+
+    Args:
+        skipped: windows that the run leaves out, rising.
+    """
+    for window in skipped:
+        if window > step:
+            break
+        step += 1
+    return step
+
+
 class Located(NamedTuple):
     """Where slots point to: int64 arrays of the shape of the slots."""
 

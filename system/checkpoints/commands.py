@@ -107,7 +107,7 @@ def show(args: Args) -> Result:
     step = newest_step(run, knobs(args, StepKnobs).step)
     store, manifest = open_checkpoint(run, step)
     reader = FragmentReader(store, manifest)
-    meta = {k: v for k, v in manifest.meta.items() if k not in ("config", "parameters")}
+    meta = {k: v for k, v in manifest.meta.items() if k not in ("config", "parameters", "recent_losses")}
     kinds = {
         kind: len(reader.parameters(kind)) for kind in ("master", "exp_avg", "exp_avg_sq", "teacher", "state")
     }

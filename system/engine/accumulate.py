@@ -46,7 +46,7 @@ class Accumulator:
         """
         if self._count == 1:
             return self._engine.forward(batch, teacher, teacher_temperature, comm)
-        parts = _split(batch, self._count)
+        parts = split(batch, self._count)
         found = [self._engine.features(part) for part in parts]
         factors_2 = mean_factors(torch.stack([counts_2 for _, counts_2 in found]).sum(dim=0), comm)
         share_B = batch["weight"].float() * factors_2[0]
@@ -61,7 +61,7 @@ class Accumulator:
         return self._engine.objective.report(_sum(passes, contrast), comm)
 
 
-def _split(batch: Batch, count: int) -> list[dict[str, Tensor]]:
+def split(batch: Batch, count: int) -> list[dict[str, Tensor]]:
     """Micro-batches, whose sizes differ by at most one row; equally many on every rank."""
     parts = {name: tensor.tensor_split(count) for name, tensor in batch.items()}
     return [{name: tensors[index] for name, tensors in parts.items()} for index in range(count)]

@@ -60,7 +60,8 @@ class Engine:
 
         rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         _check(config, local_batch)
-        self._stage = config.engine.zero_stage
+        self.stage = config.engine.zero_stage
+        """ZeRO stage, 0 to 3."""
         self.shapes = {name: list(parameter.shape) for name, parameter in objective.named_parameters()}
         """Of the whole parameters, by name."""
         self._engine: Any
@@ -80,10 +81,10 @@ class Engine:
             # At the lowest scale it is the gradient that is not finite: refused and counted as such.
             self._scaler.raise_error_at_min_scale = False
         self._unfinished = False
-        if self._stage == 0:
+        if self.stage == 0:
             masters = replicated_masters(self.objective, self._optimizer)
             self.fragments = list(replicated_fragments(masters, self._adam, rank, world_size))
-        elif self._stage == 3:
+        elif self.stage == 3:
             self.fragments = list(sharded_fragments(self.objective, self._optimizer, rank))
         else:
             self.fragments = list(partitioned_fragments(self.objective, self._optimizer))
@@ -150,7 +151,7 @@ class Engine:
     def gradient(self, fragment: Fragment) -> torch.Tensor | None:
         """Between backward and update: the averaged gradient of the part of `fragment` that no other rank
         saves, flat; None where a parameter had none."""
-        flat = fragment_gradient(self._stage, self._optimizer, self._parameters[fragment.parameter], fragment)
+        flat = fragment_gradient(self.stage, self._optimizer, self._parameters[fragment.parameter], fragment)
         if flat is None or self._scaler is None:
             return flat
         return flat.float() / self._scaler.cur_scale
@@ -179,7 +180,7 @@ class Engine:
     def whole_parameters(self) -> AbstractContextManager:
         """Inside, any rank may run parts of the model on its own: at stage 3 all ranks gather the parameters
         first, and nothing is gathered inside."""
-        if self._stage < 3:
+        if self.stage < 3:
             return nullcontext()
         from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 
@@ -194,9 +195,9 @@ class Engine:
         """After the fragments were filled: set Adam's counter, and refresh what computes from the fp32
         masters."""
         set_adam_step(self._adam, step)
-        if self._stage == 3:
+        if self.stage == 3:
             refresh_parameters(self._optimizer)
-        elif self._stage > 0:
+        elif self.stage > 0:
             self._optimizer.update_lp_params()
         elif self._optimizer is not self._adam:
             masters = {fragment.parameter: fragment.state["master"] for fragment in self.fragments}

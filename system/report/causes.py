@@ -2,6 +2,12 @@
 
 _BY_EVENT = {
     "step_refused": "a few in fp16 are the search for the loss scale; else look at samples and device",
+    "window_given_up": "the next attempt leaves these slots out; look at them, and at the learning rate",
+    "loss_spike": "a learning rate that is too high, or odd samples; see grad_norm and moment_ratio there",
+    "spike_ahead": "Adam's second moment lags: a lower optimizer.lr or betas[1]",
+    "memory_growth": "a leak, or a cache that is larger than thought: it ends in a killed rank",
+    "sample_quarantined": "its file: maskclip dataset verify, or take it down",
+    "hang": "the stacks in hangs/: the rank that stands outside of a collective holds up the others",
     "checkpoint_failed": "the store refused or was slow; the next save is due as ever",
     "checkpoint_quarantined": "files are not what the manifest says: storage; maskclip checkpoint repair",
     "checkpoint_prune_failed": "an old checkpoint stays and takes space; a later save tries again",
@@ -15,8 +21,8 @@ _BY_EXIT = {
     66: "no checkpoint continues this run: maskclip checkpoint verify",
     69: "the store was away or refused: maskclip doctor URI",
     70: "no named error; look at the rank that ended first",
-    76: "loss or gradient not finite again and again: lower optimizer.lr, look at the samples named",
-    77: "a rank hung or was lost: look at its node",
+    76: "loss or gradient not finite again and again, or a spike: lower optimizer.lr, look at the samples",
+    77: "a rank hung, was lost or differs: look at its node",
 }
 _KILLED = "SIGKILL, lack of memory or a lost machine: dmesg of its node"
 

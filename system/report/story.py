@@ -20,7 +20,7 @@ _EXIT_WORDS = {
     66: "checkpoint",
     69: "storage",
     75: "preempted",
-    76: "not finite",
+    76: "rolled back",
     77: "hang",
     130: "interrupted",
 }

@@ -29,13 +29,19 @@ class MachineSampler:
             self._closed.wait(_EVERY_SECONDS)
 
 
-def _sample(folders: Sequence[str]) -> dict[str, float]:
-    values: dict[str, float] = {}
+def memory_bytes() -> dict[str, int]:
+    """host_bytes where the system tells, device_bytes where there is CUDA; see the registry."""
+    found: dict[str, int] = {}
     statm = Path("/proc/self/statm")
     if statm.exists():  # Linux
-        values["host_bytes"] = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        found["host_bytes"] = int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     if torch.cuda.is_available():
-        values["device_bytes"] = torch.cuda.max_memory_allocated()
+        found["device_bytes"] = torch.cuda.max_memory_allocated()
+    return found
+
+
+def _sample(folders: Sequence[str]) -> dict[str, float]:
+    values: dict[str, float] = {**memory_bytes()}
     free = [share for folder in folders if (share := _free_ratio(Path(folder))) is not None]
     if free:
         values["disk_free_ratio"] = min(free)

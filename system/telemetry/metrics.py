@@ -121,6 +121,15 @@ OPTIMIZER = (
         look="it falls below 128",
     ),
     *_tower_norms(),
+    *(
+        Metric(
+            name=f"moment_ratio_{tower}",
+            meaning="root mean square of gradient over Adam's second moment in the first layer of the "
+            f"{tower} tower, of the step before",
+            look="it is above 2.3: a loss spike is near (Wortsman et al., 2023)",
+        )
+        for tower in ("vision", "text")
+    ),
 )
 
 TEACHER = (

@@ -67,7 +67,6 @@ class StepRecorder:
         everything: dict[str, Any] = {
             **dict(zip(tensors, flat, strict=True)),
             **{name: value for name, value in values.items() if value is not None},
-            "slot": (step - 1) * self._batch,
             "steps_left": left,
             "left_seconds": left * sum(self._wall_times) / len(self._wall_times),
             "pairs_per_second": self._batch / wall,

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from cluster.stop import StopRequest
 from cluster.store import open_store
+from cluster.watchdog import Watchdog
 from cluster.world import World
 from model.config import preset
 from system.build import build_engine, open_event_log, process_group
@@ -18,6 +19,7 @@ from system.checkpoints.checkpointer import Checkpointer
 from system.config import DataConfig, EngineConfig, OptimizerConfig, RunConfig, TrainConfig
 from system.console import Console
 from system.engine.collectives import DistributedCollectives
+from system.health.monitor import Health
 from system.sinks.config import TelemetryConfig
 from system.trainer import Trainer
 from tests.support.engine_worker import GLOBAL_BATCH, made_up_batch, share
@@ -53,7 +55,11 @@ def main(run_uri: str, settings: dict[str, Any], world: World) -> None:
         checkpointer = Checkpointer(run, engine, teacher, events, {})
         console = Console(STEPS, active=False)
         comm = DistributedCollectives()
-        trainer = Trainer(config, engine, teacher, comm, checkpointer, events, console, stop, lambda _: None)
+        watchdog = Watchdog(config.watchdog, run, world, events)
+        health = Health(config, run, engine, teacher, events, console, watchdog)
+        trainer = Trainer(
+            config, engine, teacher, comm, checkpointer, events, console, health, stop, lambda _: None
+        )
         for step in range(STEPS):
             trainer.step_until_applied(share(made_up_batch(step), world), 0.25)
         masters = [fragment.state["master"] for fragment in engine.fragments]

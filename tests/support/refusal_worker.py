@@ -4,6 +4,7 @@ A refused step must leave nothing behind, at any stage: neither of its gradient 
 """
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from cluster.errors import NonFinite
 from cluster.events import EventLog, read_events
 from cluster.stop import StopRequest
 from cluster.store import ObjectStore, open_store
+from cluster.watchdog import Watchdog
 from cluster.world import World
 from system.build import build_engine, open_event_log, process_group
 from system.checkpoints.checkpointer import Checkpointer
 from system.config import TrainConfig
 from system.console import Console
 from system.engine.collectives import DistributedCollectives
+from system.health.monitor import Health
 from system.trainer import Trainer
 from tests.support.engine_worker import made_up_batch, share, worker_config
 
@@ -27,6 +30,8 @@ STEPS = 2
 def build(config: TrainConfig, world: World, run: ObjectStore, events: EventLog) -> Trainer:
     engine, teacher = build_engine(config, world)
     checkpointer = Checkpointer(run, engine, teacher, events, {})
+    console = Console(STEPS, active=False)
+    watchdog = Watchdog(config.watchdog, run, world, events)
     return Trainer(
         config,
         engine,
@@ -34,7 +39,8 @@ def build(config: TrainConfig, world: World, run: ObjectStore, events: EventLog)
         DistributedCollectives(),
         checkpointer,
         events,
-        Console(STEPS, active=False),
+        console,
+        Health(config, run, engine, teacher, events, console, watchdog),
         StopRequest(),
         lambda step: None,
     )
@@ -77,6 +83,12 @@ def non_finite_loss(config: TrainConfig, world: World, run: ObjectStore, events:
         assert trainer.refused_steps == config.engine.max_refused_steps * disturbed
         states.append(state(trainer))
     assert equal(*states), f"a refused step left something behind with {config.engine}"
+    events.flush()
+    if world.rank == 0:
+        (told,) = (event for event in read_events(run) if event.get("name") == "step_refused")
+        last = replace(world, rank=world.size - 1)
+        assert told["ids"] == share(made_up_batch(1), last)["id"][-2:].tolist(), told
+        assert told["ranks"] == [last.rank], told
 
 
 def overflow(config: TrainConfig, world: World, run: ObjectStore, events: EventLog) -> None:

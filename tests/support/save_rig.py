@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,6 +30,7 @@ from cluster.errors import exit_code_of
 from cluster.local_launch import free_port
 from cluster.stop import StopRequest
 from cluster.store import StoreConfig, open_store
+from cluster.watchdog import Watchdog
 from cluster.world import World
 from data_pipeline.loading.loader import Batch
 from model.config import TextConfig, preset
@@ -43,6 +44,7 @@ from system.config import DataConfig, EngineConfig, OptimizerConfig, RunConfig, 
 from system.console import Console
 from system.engine.collectives import DistributedCollectives
 from system.engine.engine import StepOutcome
+from system.health.monitor import Health
 from system.run_folder import describe_run
 from system.trainer import Trainer
 from tests.support import faulty_rank
@@ -80,8 +82,8 @@ def batches(first: int, rig: Rig, world: World, text: TextConfig) -> Iterator[di
 
 
 class WatchedTrainer(Trainer):
-    def resume(self) -> int | None:
-        resumed = super().resume()
+    def resume(self, records: Sequence[dict[str, Any]] = ()) -> int | None:
+        resumed = super().resume(records)
         progress[RESUMED] = progress[TRAINED] = self.steps_done
         return resumed
 
@@ -111,8 +113,10 @@ def rank(run_uri: str, rig: Rig) -> None:
         checkpointer = Checkpointer(run, engine, teacher, events, about, config.checkpoint)
         with Console(rig.steps, active=False) as console, StopRequest() as stop:
             comm = DistributedCollectives()
+            watchdog = Watchdog(config.watchdog, run, world, events)
+            health = Health(config, run, engine, teacher, events, console, watchdog)
             trainer = WatchedTrainer(
-                config, engine, teacher, comm, checkpointer, events, console, stop, lambda _: None
+                config, engine, teacher, comm, checkpointer, events, console, health, stop, lambda _: None
             )
             resumed = trainer.resume()
             events.instant(

@@ -22,6 +22,8 @@ CODES = {
     "MaskClipError": 70,
     "Preempted": 75,
     "NonFinite": 76,
+    "LossSpike": 76,
+    "DeviceFault": 77,
     "Hang": 77,
     "Interrupted": 130,
 }

@@ -27,7 +27,7 @@ def test_this_machine_can_train(tmp_path: Path):
     checks = by_name(run_checks(str(tmp_path)))
     needed = ("python", "c++ compiler", "torch", "deepspeed", "store", "put-if-absent")
     assert {name: checks[name].status for name in needed} == dict.fromkeys(needed, "ok")
-    assert {"gpu", "attention", "free disk", "shared memory", "open files"} <= checks.keys()
+    assert {"gpu", "attention", "free disk", "shared memory", "open files", "determinism"} <= checks.keys()
     assert all(check.fix for check in checks.values() if check.status == "fail")
     assert list(tmp_path.iterdir()) == []
 

@@ -22,9 +22,9 @@ from cluster.errors import DataError, ManifestMismatch, ShardCorrupt
 from cluster.store import open_store
 from data_pipeline.catalog import load_dataset
 from data_pipeline.image.augment import AugmentConfig, train_view
-from data_pipeline.loading.loader import Batch, Loader, LoaderConfig
+from data_pipeline.loading.loader import BadSample, Batch, Loader, LoaderConfig
 from data_pipeline.loading.mixing import MixPart
-from data_pipeline.loading.order import OrderConfig, SampleOrder
+from data_pipeline.loading.order import OrderConfig, SampleOrder, window_of
 from data_pipeline.loading.tokenizer import Tokenizer
 from data_pipeline.records import sample_id
 from data_pipeline.upkeep import takedown
@@ -283,6 +283,36 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path, monkeypatch: p
     write_dataset(str(tmp_path), [4])
     with pytest.raises(DataError, match=r"the stored image of sample '\d+' \(id \d+\) cannot be decoded"):
         next(loader(str(tmp_path), batch=4).batches(0, 1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_one_undecodable_sample_has_weight_0_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr(
+        "tests.support.small_dataset.picture", lambda n, *_: b"\xff\xd8 no jpeg" if n == 7 else picture(n)
+    )
+    write_dataset(str(tmp_path), SIZES)
+    told: list[BadSample] = []
+    batches = list(loader(str(tmp_path), workers=workers).batches(0, 6, report=told.append))
+    (bad,) = told
+    assert bad.key == "00007"
+    (batch,) = (batch for batch in batches if (batch["slot"] == bad.slot).any())
+    (at,) = torch.nonzero(batch["slot"] == bad.slot)[0].tolist()
+    assert (batch["weight"][at], batch["id"][at], batch["image"][at].max()) == (0, bad.id, 0)
+    assert sum(int((batch["weight"] == 0).sum()) for batch in batches) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_steps_go_around_skipped_windows(uri: str, workers: int) -> None:
+    skipped = (2, 3, 6)
+    windows = [0, 1, 4, 5, 7, 8]
+    assert [window_of(step, skipped) for step in range(6)] == windows
+    whole = list(loader(uri).batches(0, 9))
+    rest = list(loader(uri, 1, 2, workers=workers).batches(1, 6, skipped))
+    for window, batch in zip(windows[1:], rest, strict=True):
+        here = torch.isin(whole[window]["slot"], batch["slot"])
+        assert_equal(batch, {name: tensor[here] for name, tensor in whole[window].items()})
 
 
 def test_what_goes_to_a_worker_is_small(uri: str) -> None:

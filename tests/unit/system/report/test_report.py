@@ -132,7 +132,7 @@ def test_summary_is_json_and_the_terminal_shows_it(run: ObjectStore, tmp_path: P
     [
         ("finished", 0, "good", "Finished"),
         ("Preempted: stopped at step 3", 75, "warn", "preempted (exit 75)"),
-        ("NonFinite: step 3", 76, "bad", "Failed: not finite (exit 76)"),
+        ("NonFinite: step 3", 76, "bad", "Failed: rolled back (exit 76)"),
         ("ValueError: x", 70, "bad", "error (exit 70): ValueError"),
         (None, None, "warn", "still running, or killed"),
     ],
