@@ -126,7 +126,7 @@ def canonical_url(url: str) -> str:
     host = f"[{host}]" if ":" in host else _ascii_host(host)
     login = f"{parts.netloc.rpartition('@')[0]}@" if "@" in parts.netloc else ""
     place = f"{login}{host}" if port in (None, _PORTS.get(parts.scheme)) else f"{login}{host}:{port}"
-    return parts._replace(netloc=place, path=parts.path or "/").geturl()
+    return parts._replace(netloc=place, path=parts.path or "/").geturl().strip()  # " ?" leaves a blank
 
 
 def host_of(url: str) -> str:

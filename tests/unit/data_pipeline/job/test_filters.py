@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigError, DataError
@@ -291,6 +291,7 @@ def test_addresses_are_compared_in_one_form() -> None:
 
 
 @given(st.text("aZ09.-_~%é日/?#&=: \t", max_size=20))
+@example(" ?")
 def test_the_case_of_scheme_and_host_never_counts_and_the_form_is_final(rest: str) -> None:
     plain = canonical_url(f"https://example.org/{rest}")
     assert canonical_url(f"HTTPS://Example.ORG:443/{rest}") == plain
