@@ -14,8 +14,8 @@ _attempts = {"resumed": False}
 _resume = Trainer.resume
 
 
-def resume(trainer: Trainer) -> int | None:
-    step = _resume(trainer)
+def resume(trainer: Trainer, *args: object) -> int | None:
+    step = _resume(trainer, *args)  # type: ignore[arg-type]
     _attempts["resumed"] = step is not None
     return step
 
