@@ -52,7 +52,7 @@ def test_a_job_is_stopped_ahead_of_its_limit_requeued_and_finished(tmp_path, tra
 
 def wait_for_end(command, job: str) -> None:
     """Of a job that goes on after its requeue."""
-    limit = time.monotonic() + 270
+    limit = time.monotonic() + 200
     state = ""
     while time.monotonic() < limit:
         facts = dict(
